@@ -1,0 +1,13 @@
+"""The whole system of the Qwen2 Technical Report (arXiv 2407.10671) as one package.
+
+One legend of dimensions holds everywhere: N tokens (flat), B batch, T time, H query heads, K kv
+heads, D head_dim, C model width, I intermediate, E experts, V vocabulary.
+"""
+
+import os
+
+# Two OpenMP threads that spin beside another busy process run up to 15 times slower; waiting
+# passively mends it, but only when it is set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+__version__ = "0.1.0"

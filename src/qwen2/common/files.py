@@ -1,0 +1,151 @@
+"""Durable files: whatever has its final name is complete and its bytes are known.
+
+A file or folder is written under a temporary name beside its target, flushed to the disk, and
+renamed. A folder carries `manifest.json` with the size and sha256 of every file, so that a reader
+can verify it and name what is wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen2.common.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def durable_write(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`: afterwards it has the old bytes or the new, never a mix.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _clean_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+
+@contextmanager
+def durable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target`, with a manifest, when the block ends well.
+
+    When the block raises, the temporary folder is removed and `target` is as it was.
+
+    Raises:
+        UserError: `target` exists and `overwrite` is false, or the disk is full.
+    """
+    if target.exists() and not overwrite:
+        raise UserError(f"{target}: exists already; choose another place or remove it")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    retired = target.with_name(f".{target.name}.{os.getpid()}.retired")
+    with _clean_errors(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            write_manifest(partial)
+            if target.exists():
+                target.rename(retired)
+            partial.rename(target)
+            _fsync(target.parent)
+        except BaseException:
+            if retired.exists() and not target.exists():
+                retired.rename(target)
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """Flush every file below `folder` and record sizes and sha256 in its manifest."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _fsync(path)
+        entries[path.relative_to(folder).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    _fsync(manifest)
+    for path in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
+        _fsync(path)
+
+
+def verify_folder(folder: Path) -> str | None:
+    """Check `folder` against its manifest: None when whole, else what is wrong, in one line."""
+    manifest = folder / MANIFEST
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
+    except FileNotFoundError:
+        return f"{folder}: no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{manifest}: not readable"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path}: missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path}: {path.stat().st_size} bytes, {entry['bytes']} expected"
+        if sha256_of(path) != entry["sha256"]:
+            return f"{path}: its sha256 is not the manifest's"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`; mend a half-done replacement."""
+    for path in folder.glob(".*.retired"):
+        target = folder / path.name[1:].rsplit(".", 2)[0]
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(target)
+    for path in folder.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _clean_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{target}: the disk is full; nothing was changed") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{target}: cannot be written: {error.strerror}") from error
+        raise

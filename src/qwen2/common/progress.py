@@ -1,0 +1,93 @@
+"""Progress of anything long: a bar on a terminal, JSON lines elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """`with Progress("train", total=100) as p: p.update(10, loss=2.5)`.
+
+    Elsewhere than on a terminal, one JSON object a line, at most one every `interval` seconds and
+    always the last: `{"stage", "done", "total", "elapsed_s", "eta_s", ...figures}`.
+    """
+
+    def __init__(
+        self, stage: str, total: float, stream: TextIO | None = None, interval: float = 5.0
+    ) -> None:
+        self.stage, self.total, self.interval = stage, total, interval
+        self.stream = stream or sys.stderr
+        self.started = time.monotonic()
+        self._last_line = -interval
+        self._pending: dict[str, Any] | None = None
+        self._bar: Bar | None = None
+        if self.stream.isatty():
+            self._bar = Bar(
+                TextColumn("{task.description:>12}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(file=self.stream),
+            )
+            self._task = self._bar.add_task(stage, total=total, figures="")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif self._pending:
+            self._print(self._pending)
+
+    def update(self, done: float, **figures: Any) -> None:
+        """Say that `done` of the total is reached; `figures` are shown beside it."""
+        elapsed = time.monotonic() - self.started
+        if self._bar:
+            text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+            self._bar.update(self._task, completed=done, figures=text)
+            return
+        eta = elapsed * (self.total - done) / done if done else None
+        self._pending = {
+            "stage": self.stage,
+            "done": done,
+            "total": self.total,
+            "elapsed_s": round(elapsed, 1),
+            "eta_s": None if eta is None else round(eta, 1),
+            **figures,
+        }
+        if elapsed - self._last_line >= self.interval:
+            self._print(self._pending)
+            self._last_line = elapsed
+
+    def _print(self, line: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(line) + "\n")
+        self.stream.flush()
+        self._pending = None
+
+
+def say(message: str, stream: TextIO | None = None) -> None:
+    """One line for the person at the terminal, on stderr so that stdout stays clean."""
+    out = stream or sys.stderr
+    out.write(message + "\n")
+    out.flush()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

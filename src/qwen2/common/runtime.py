@@ -1,0 +1,51 @@
+"""What a run computes on: device, number type, threads. Asked for when needed, never at import."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from qwen2.common.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of `fp32`, `bf16` or `fp16` (long names too).
+
+    Raises:
+        UserError: any other name.
+    """
+    long = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    try:
+        return (DTYPES | long)[name]
+    except KeyError:
+        raise UserError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}") from None
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` takes CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: choose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: no CUDA device here; choose cpu")
+    return device
+
+
+def available_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(count: int | None) -> int:
+    """Use `count` threads for torch's operators (None: leave as is); returns the number in use."""
+    if count is not None:
+        if count < 1:
+            raise UserError(f"threads {count}: at least 1")
+        torch.set_num_threads(count)
+    return torch.get_num_threads()

@@ -1,0 +1,78 @@
+"""The cache of keys and values, and the attention context that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwen2.model.attention import causal_attention
+from qwen2.model.config import ModelConfig
+from qwen2.model.rope import Rope, Rotary, rotate
+
+
+class KVCache:
+    """Keys (rotated) and values of one sequence: a tensor (capacity, K, D) for each layer."""
+
+    def __init__(
+        self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (capacity, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.capacity, self.length = capacity, 0
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+
+class CachedAttention:
+    """New tokens of several sequences, laid end to end, each seeing its own cache.
+
+    `counts[i]` new tokens belong to `caches[i]`; after the pass `advance` makes them part of it.
+    """
+
+    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
+        for cache, count in zip(caches, counts, strict=True):
+            assert cache.length + count <= cache.capacity, "the cache is too small"
+        self.caches, self.counts = list(caches), list(counts)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Positions (N,) of the new tokens in their sequences."""
+        return torch.cat(
+            [
+                torch.arange(cache.length, cache.length + count, device=device)
+                for cache, count in zip(self.caches, self.counts, strict=True)
+            ]
+        )
+
+    def last_rows(self, device: torch.device) -> Tensor:
+        """The row (B,) of every sequence's last new token."""
+        return torch.tensor(self.counts, device=device).cumsum(0) - 1
+
+    def rotary(self, rope: Rope, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """One table for queries and keys."""
+        return rope.tables(positions, dtype)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+        """Store k and v (N, K, D) after rotation; q (N, H, D) sees its sequence up to itself."""
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        out, first = [], 0
+        for cache, count in zip(self.caches, self.counts, strict=True):
+            new = slice(first, first + count)
+            end = cache.length + count
+            keys, values = cache.keys[layer], cache.values[layer]
+            keys[cache.length : end] = k[new]
+            values[cache.length : end] = v[new]
+            out.append(causal_attention(q[new], keys[:end], values[:end]))
+            first += count
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def advance(self) -> None:
+        """Count the new tokens as part of their caches."""
+        for cache, count in zip(self.caches, self.counts, strict=True):
+            cache.length += count

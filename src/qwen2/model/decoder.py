@@ -1,0 +1,114 @@
+"""The decoder: one class for training and inference (report section 2.2.1).
+
+`model(tokens, positions, attention)` takes tokens flat; see attention.py for the context. Names of
+modules and parameters are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen2.model.attention import AttentionContext, SelfAttention
+from qwen2.model.config import ModelConfig
+from qwen2.model.mlp import MLP
+from qwen2.model.rope import Rope, Rotary
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, in fp32 inside (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C) -> (N, C), in x's dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        C, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(C, eps)
+        self.self_attn = SelfAttention(config, index)
+        self.post_attention_layernorm = RMSNorm(C, eps)
+        self.mlp = MLP(C, config.intermediate_size)
+
+    def forward(self, x: Tensor, rotary: Rotary, attention: AttentionContext) -> Tensor:
+        """x (N, C) -> (N, C)."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: the part that published names call `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = Rope(config.head_dim, config.rope_theta)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
+        """tokens and positions (N,) -> hidden states after the final norm (N, C)."""
+        x = self.embed_tokens(tokens)  # (N, C)
+        rotary = attention.rotary(self.rope, positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary, attention)
+        return self.norm(x)
+
+
+class Qwen2(nn.Module):
+    """A language model: decoder and output head, which may be the embedding itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' number type."""
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (N, V) of tokens and positions (N,); of some `rows` only, when they are given."""
+        hidden = self.model(tokens, positions, attention)
+        return self.lm_head(hidden if rows is None else hidden[rows])
+
+
+@torch.no_grad()
+def init_weights(model: Qwen2, generator: torch.Generator) -> None:
+    """Normal(0, initializer_range) for matrices, ones for norms, zeros for biases; in place."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif parameter.ndim == 1:
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, model.config.initializer_range, generator=generator)

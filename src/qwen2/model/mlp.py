@@ -1,0 +1,20 @@
+"""The SwiGLU feed-forward layer (Dauphin et al. 2017; report section 2.2.1)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without bias."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C) -> (N, C)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
