@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen2.model.config import ModelConfig
+from qwen2.model.linear import Linear
 from qwen2.model.rope import Rope, Rotary, rotate
 
 
@@ -85,10 +86,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         C, KD = config.hidden_size, config.kv_size
         self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = nn.Linear(C, C)
-        self.k_proj = nn.Linear(C, KD)
-        self.v_proj = nn.Linear(C, KD)
-        self.o_proj = nn.Linear(C, C, bias=False)
+        self.q_proj = Linear(C, C)
+        self.k_proj = Linear(C, KD)
+        self.v_proj = Linear(C, KD)
+        self.o_proj = Linear(C, C, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, attention: AttentionContext) -> Tensor:
         """x (N, C) -> (N, C)."""

@@ -13,16 +13,29 @@ from qwen2.model.rope import Rope, Rotary, rotate
 
 
 class KVCache:
-    """Keys (rotated) and values of one sequence: a tensor (capacity, K, D) for each layer."""
+    """Keys (rotated) and values of one sequence: a tensor (capacity, K, D) for each layer.
 
-    def __init__(
-        self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (capacity, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.capacity, self.length = capacity, 0
+    The capacity doubles as the sequence grows, so that nothing is reserved for a context that is
+    never used.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        empty = torch.empty(
+            (0, config.num_key_value_heads, config.head_dim), dtype=dtype, device=device
+        )
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+        self.capacity = self.length = 0
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens."""
+        if length <= self.capacity:
+            return
+        self.capacity = max(length, 2 * self.capacity, 64)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty((self.capacity, *old.shape[1:]))
+                tensors[layer][: self.length] = old[: self.length]
 
     def truncate(self, length: int) -> None:
         """Forget every token from `length` on."""
@@ -38,7 +51,7 @@ class CachedAttention:
 
     def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
         for cache, count in zip(caches, counts, strict=True):
-            assert cache.length + count <= cache.capacity, "the cache is too small"
+            cache.reserve(cache.length + count)
         self.caches, self.counts = list(caches), list(counts)
 
     def positions(self, device: torch.device) -> Tensor:

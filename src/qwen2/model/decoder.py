@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwen2.model.attention import AttentionContext, SelfAttention
 from qwen2.model.config import ModelConfig
+from qwen2.model.linear import Linear
 from qwen2.model.mlp import MLP
 from qwen2.model.rope import Rope, Rotary
 
@@ -72,7 +73,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -1,0 +1,133 @@
+"""`qwen2 chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen2.cli.options import (
+    Device,
+    Dtype,
+    MaxTokens,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
+
+if TYPE_CHECKING:
+    from qwen2.inference import SamplingParams
+    from qwen2.model.decoder import Qwen2
+    from qwen2.tokenizer import Tokenizer
+
+HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit leaves"
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 20,
+    top_p: TopP = 0.8,
+    repetition_penalty: RepetitionPenalty = 1.05,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves."""
+    from qwen2.common.progress import say
+    from qwen2.common.runtime import set_threads
+    from qwen2.inference import SamplingParams
+    from qwen2.model.hub import load
+
+    params = SamplingParams.parse(
+        {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        },
+        "sampling",
+    )
+    set_threads(threads)
+    conversation = Conversation(*load(model, dtype=dtype, device=device), params, system)
+    say(f"Ctrl-C stops an answer, Ctrl-D leaves; {HELP}.")
+    while (line := _read()) is not None:
+        command, _, rest = line.strip().partition(" ")
+        if not line.strip():
+            continue
+        if command == "/exit":
+            break
+        if command == "/reset":
+            conversation.reset(conversation.system)
+        elif command == "/system":
+            conversation.reset(rest or None)
+        elif command.startswith("/"):
+            say(HELP)
+        else:
+            conversation.answer(line)
+
+
+def _read() -> str | None:
+    """A line from the person; None at the end of the input. Ctrl-C only clears the line."""
+    try:
+        import readline  # noqa: F401  (line editing and history)
+    except ImportError:
+        pass
+    while True:
+        try:
+            return input("> ")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return None
+
+
+class Conversation:
+    """Messages so far, and the cache that spares passing them through the model again."""
+
+    def __init__(
+        self, model: Qwen2, tokenizer: Tokenizer, params: SamplingParams, system: str | None
+    ) -> None:
+        from qwen2.inference.generate import CachedTokens
+
+        self.model, self.tokenizer, self.params = model, tokenizer, params
+        self.cached = CachedTokens(model)
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        """Begin anew under this system message."""
+        self.system = system
+        self.messages: list[dict[str, Any]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+
+    def answer(self, text: str) -> None:
+        """Print the answer as it comes; what was said before Ctrl-C stays in the conversation."""
+        from qwen2.common.errors import UserError
+        from qwen2.common.progress import say
+        from qwen2.inference import Sequence, stream
+
+        question = {"role": "user", "content": text}
+        prompt = self.tokenizer.encode_chat([*self.messages, question], add_generation_prompt=True)
+        try:
+            sequence = Sequence(self.model, self.tokenizer, prompt, self.params, self.cached)
+        except UserError as error:
+            say(f"{error}; /reset begins a new conversation")
+            return
+        try:
+            for piece in stream(self.model, sequence):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        print()
+        self.messages += [question, {"role": "assistant", "content": sequence.text.text}]

@@ -1,0 +1,97 @@
+"""`qwen2 generate`: complete a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from qwen2.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    MaxTokens,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Option("-p", "--prompt", help="The text to complete; - reads standard input.")
+    ],
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap it in the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    parse_special: Annotated[
+        bool, typer.Option(help="Read control tokens that are written in the prompt.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Complete raw text, or answer it as a chat message (--chat)."""
+    from qwen2.common.errors import UserError
+    from qwen2.common.runtime import set_threads
+    from qwen2.inference import Completion, SamplingParams, Sequence, stream
+    from qwen2.model.hub import load
+
+    if system is not None and not chat:
+        raise UserError("--system has no place in raw text; add --chat")
+    params = SamplingParams.parse(
+        {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": tuple(stop or ()),
+        },
+        "sampling",
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    set_threads(threads)
+    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    else:
+        # A document begins after the end of another, so an empty prompt is that end.
+        ids = tokenizer.encode(text, parse_special=parse_special) or [tokenizer.end_of_text_id]
+    sequence = Sequence(language_model, tokenizer, ids, params)
+    for piece in stream(language_model, sequence):
+        if not as_json:
+            print(piece, end="", flush=True)
+    completion = Completion.of(sequence)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "text": completion.text,
+                    "token_ids": completion.token_ids,
+                    "prompt_token_ids": completion.prompt_token_ids,
+                    "finish_reason": completion.finish_reason,
+                    "usage": completion.usage,
+                }
+            )
+        )
+    else:
+        print()

@@ -1,0 +1,63 @@
+"""`qwen2`: gathers the commands, and turns errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import qwen2
+from qwen2.cli import chat, generate, score
+from qwen2.common.errors import UserError
+
+app = typer.Typer(
+    help="The whole system of the Qwen2 Technical Report: data, training, evaluation, inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qwen2 {qwen2.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.command()(score.score)
+
+
+def main() -> None:
+    """Entry point: exit 0 when done, 2 for what the user can mend, 130 for Ctrl-C."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", 130, error)
+    except BrokenPipeError:
+        # The reader went away, as `| head` does; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, code: int, error: BaseException) -> None:
+    if "--debug" in sys.argv:
+        raise error
+    print(f"qwen2: {message}", file=sys.stderr)
+    sys.exit(code)

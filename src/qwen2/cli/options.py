@@ -1,0 +1,22 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A folder in the Hugging Face layout, a .gguf file, or a hub name.")
+]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: the checkpoint's own.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores when not given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Tokens at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=100.0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from the k likeliest; 0: from all.")]
+TopP = Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest that reach p.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Over 1 avoids what was said; 1: off.")]
+Seed = Annotated[int | None, typer.Option(help="Draws the same again.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
