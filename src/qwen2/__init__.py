@@ -5,9 +5,24 @@ heads, D head_dim, C model width, I intermediate, E experts, V vocabulary.
 """
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen2.model.hub import load
 
 # Two OpenMP threads that spin beside another busy process run up to 15 times slower; waiting
 # passively mends it, but only when it is set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package must stay cheap: torch comes with the first use.
+    if name == "load":
+        from qwen2.model.hub import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,196 @@
+"""Checkpoints in GGUF files: weights, configuration, vocabulary and chat template in one.
+
+Tensors keep llama.cpp's names in the file and get the published ones here. The architecture
+`qwen2` pairs the units of a head as the published checkpoints do, so nothing is permuted.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen2.common.config import one_line
+from qwen2.common.errors import UserError
+from qwen2.model.config import ModelConfig
+from qwen2.model.dequantise import can_dequantise, dequantise
+from qwen2.model.gguf_header import TensorInfo, read_header
+from qwen2.model.weights import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from qwen2.tokenizer import Tokenizer
+
+_REQUIRED = object()
+
+_IGNORED = {"rope_freqs.weight"}  # factors of long-context scaling, which is refused if it is on
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_TOP = {
+    "token_embd.weight": EMBEDDING,
+    "output.weight": HEAD,
+    "output_norm.weight": "model.norm.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+}
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor of a mapped GGUF file."""
+
+    data: mmap.mmap
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Slowest dimension first."""
+        return self.info.shape
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None for quantised types."""
+        return _PLAIN.get(self.info.type.name)
+
+    def mapped(self) -> Tensor:
+        """A private mapping of the file."""
+        assert self.dtype is not None
+        count = torch.Size(self.shape).numel()
+        flat = torch.frombuffer(self.data, dtype=self.dtype, count=count, offset=self.info.offset)
+        return flat.view(self.shape)
+
+    def read_rows(self, start: int, out: Tensor) -> None:
+        """Convert or dequantise rows, then let go of their pages."""
+        rows = len(out) if out.ndim > 1 else 1  # a vector is one row of blocks
+        first, size = self.info.offset + start * self.info.row_bytes, rows * self.info.row_bytes
+        if self.dtype is None:
+            raw = torch.frombuffer(self.data, dtype=torch.uint8, count=size, offset=first)
+            out.copy_(dequantise(raw.view(rows, -1), self.info.type).view(out.shape))
+        else:
+            out.copy_(self.mapped()[start : start + len(out)])
+        page = first - first % mmap.PAGESIZE
+        self.data.madvise(mmap.MADV_DONTNEED, page, first + size - page)
+
+
+class GGUFFile:
+    """A GGUF file, mapped and checked; nothing but its header is read.
+
+    Raises:
+        UserError: not a whole GGUF file, or one of another architecture.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        data = _map(path)
+        header = read_header(path, data)
+        self._fields = header.fields
+        architecture = self._field("general.architecture", str)
+        if architecture != "qwen2":
+            raise UserError(f"{path}: a model of architecture {architecture!r}, expected 'qwen2'")
+        self.tensors = {
+            _published_name(name): GGUFTensor(data, info)
+            for name, info in header.tensors.items()
+            if name not in _IGNORED
+        }
+        for tensor in self.tensors.values():
+            if tensor.dtype is None and not can_dequantise(tensor.info.type):
+                raise UserError(f"{path}: weights of type {tensor.info.type.name} are not readable")
+
+    def config(self) -> ModelConfig:
+        """The model's shape, from the metadata; the vocabulary's size is the embedding's."""
+        values = {name: self._field(f"qwen2.{key}", int) for name, key in _SIZES.items()}
+        embedding = self.tensors.get(EMBEDDING)
+        if embedding is None:
+            raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
+        tokens = len(self._field("tokenizer.ggml.tokens", list))
+        if tokens != embedding.shape[0]:
+            raise UserError(
+                f"{self.path}: a vocabulary of {tokens} tokens, but {embedding.shape[0]} embeddings"
+            )
+        epsilon = np.float32(self._field("qwen2.attention.layer_norm_rms_epsilon", float))
+        return ModelConfig.from_hf(
+            values
+            | {
+                "model_type": "qwen2",
+                "vocab_size": embedding.shape[0],
+                "rms_norm_eps": float(str(epsilon)),  # 1e-6 is meant, not its nearest float32
+                "rope_theta": self._field("qwen2.rope.freq_base", float, 10_000.0),
+                "rope_scaling": self._rope_scaling(),
+                "tie_word_embeddings": HEAD not in self.tensors,
+                "eos_token_id": self._field("tokenizer.ggml.eos_token_id", int, None),
+            },
+            str(self.path),
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary, control tokens and chat template of the file."""
+        from qwen2.tokenizer import Tokenizer
+
+        kind = self._field("tokenizer.ggml.model", str)
+        if kind != "gpt2":
+            raise UserError(f"{self.path}: a tokenizer of kind {kind!r}, expected 'gpt2'")
+        return Tokenizer.from_gguf_fields(
+            self._strings("tokenizer.ggml.tokens"),
+            self._field("tokenizer.ggml.token_type", list),
+            self._strings("tokenizer.ggml.merges"),
+            self._field("tokenizer.chat_template", str, None),
+            self._field("tokenizer.ggml.eos_token_id", int, None),
+            self._field("tokenizer.ggml.padding_token_id", int, None),
+        )
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        kind = self._field("qwen2.rope.scaling.type", str, "none")
+        return None if kind == "none" else {"rope_type": kind}
+
+    def _strings(self, key: str) -> list[str]:
+        values: list[str] = self._field(key, list)
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"{self.path}: metadata key {key!r} must be a list of strings")
+        return values
+
+    def _field(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        value = self._fields.get(key, default)
+        if value is _REQUIRED:
+            raise UserError(f"{self.path}: metadata key {key!r} is missing")
+        if key in self._fields and not isinstance(value, kind):
+            raise UserError(f"{self.path}: metadata key {key!r} must be of type {kind.__name__}")
+        return value
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def _published_name(name: str) -> str:
+    """The published name of one of llama.cpp's; an unknown one stays as it is."""
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if layer and layer[2] in _LAYER:
+        return f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"
+    return _TOP.get(name, name)

@@ -1,0 +1,211 @@
+"""Checkpoints in the Hugging Face layout: a folder of config.json and safetensors files.
+
+Written folders load in transformers, vLLM and llama.cpp's converter. Weights in pickle files are
+refused: unpickling runs whatever code the file holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwen2.common.config import one_line
+from qwen2.common.errors import UserError
+from qwen2.common.files import durable_folder
+from qwen2.model.config import ModelConfig
+from qwen2.model.decoder import Qwen2
+from qwen2.model.weights import HEAD
+
+if TYPE_CHECKING:
+    from qwen2.tokenizer import Tokenizer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SafeTensor:
+    """One tensor of a safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def mapped(self) -> Tensor:
+        """A private mapping of the file."""
+        with _open(self.file) as file:
+            tensor: Tensor = file.get_tensor(self.name)
+            return tensor
+
+    def read_rows(self, start: int, out: Tensor) -> None:
+        """Copy rows; the file is opened anew, so that its pages leave memory with the mapping."""
+        with _open(self.file) as file:
+            out.copy_(file.get_slice(self.name)[start : start + len(out)])
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a folder; the ids that end generation come from generation_config.json.
+
+    Raises:
+        UserError: a file is missing, is not JSON or describes another model.
+    """
+    values = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        values["eos_token_id"] = _read_json(generation).get(
+            "eos_token_id", values.get("eos_token_id")
+        )
+    return ModelConfig.from_hf(values, str(folder / "config.json"))
+
+
+def stored_tensors(folder: Path) -> dict[str, SafeTensor]:
+    """Every tensor of the folder's safetensors files, by name; nothing but headers is read.
+
+    Raises:
+        UserError: no safetensors file, a broken one, or an index that does not fit its shards.
+    """
+    if (folder / SINGLE).is_file():
+        return _tensors_of(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _sharded(folder / INDEX)
+    pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
+    if pickles:
+        raise UserError(
+            f"{folder}: its weights are in a pickle file ({pickles[0]}), which can run any code "
+            "when it is read; convert it where you trust it with transformers' "
+            "model.save_pretrained(folder)"
+        )
+    raise UserError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+
+
+def save(
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write `folder` in the Hugging Face layout, with tokenizer and manifest, or nothing.
+
+    `dtype` None keeps the model's. Weights of more than `max_shard_bytes` are sharded.
+
+    Raises:
+        UserError: the folder exists and `overwrite` is false, or the disk is full.
+    """
+    dtype = dtype or model.dtype
+    config = model.config
+    if config.eos_token_id is None:
+        config = config.model_copy(update={"eos_token_id": sorted(tokenizer.stop_ids)})
+    with durable_folder(folder, overwrite=overwrite) as partial:
+        long = str(dtype).removeprefix("torch.")
+        _write_json(partial / "config.json", config.to_hf(long))
+        _write_json(
+            partial / "generation_config.json",
+            {
+                "eos_token_id": config.eos_token_id,
+                "pad_token_id": tokenizer.pad_id,
+            },
+        )
+        tokenizer.save(partial)
+        _save_weights(model, partial, dtype, max_shard_bytes)
+
+
+def _save_weights(model: Qwen2, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state[HEAD]
+    size = {name: tensor.numel() * dtype.itemsize for name, tensor in state.items()}
+    shards: list[list[str]] = [[]]
+    for name in state:
+        if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        # One shard at a time is on the CPU in the type of the file.
+        part = {name: state[name].to("cpu", dtype).contiguous() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        _write_json(
+            folder / INDEX,
+            {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map},
+        )
+
+
+def _sharded(index: Path) -> dict[str, SafeTensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index}: weight_map must give each tensor's file")
+    tensors: dict[str, SafeTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise UserError(f"{index}: {shard!r} is not the name of a safetensors file beside it")
+        if not (index.parent / shard).is_file():
+            raise UserError(f"{index}: names {shard!r}, which is not there; fetch it again")
+        for name, tensor in _tensors_of(index.parent / shard).items():
+            if name in tensors:
+                raise UserError(
+                    f"{index.parent}: tensor {name!r} is both in {tensors[name].file.name} "
+                    f"and in {shard}"
+                )
+            tensors[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise UserError(f"{index}: places {name!r} in {shard!r}, which does not have it")
+    return tensors
+
+
+def _tensors_of(path: Path) -> dict[str, SafeTensor]:
+    tensors = {}
+    with _open(path) as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            part = file.get_slice(name)
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise UserError(
+                    f"{path}: tensor {name!r} has type {part.get_dtype()}; "
+                    f"known are {', '.join(_DTYPES)}"
+                )
+            tensors[name] = SafeTensor(path, name, tuple(part.get_shape()), dtype)
+    return tensors
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file: {one_line(error)}; fetch it again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""From stored tensors to a module: what every checkpoint format shares.
+
+A format gives each tensor's published name, its shape and a way to read it. Here the names and
+shapes are checked against a module on the meta device, before a byte of data is touched; then the
+tensors are read one by one. A tensor of the wanted number type is a private, copy-on-write mapping
+of its file: it costs no memory until it is used, and writing to it never changes the file. Others
+are converted block of rows by block of rows, so the source never stands in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwen2.common.errors import UserError
+from qwen2.model.config import ModelConfig
+from qwen2.model.decoder import Qwen2
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements converted at a time: few enough for the cache, enough to hide the calls' cost."""
+
+# Buffers that older versions of transformers saved; they follow from the configuration.
+_IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file, not yet read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, known from the file's header."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The number type in which it can be mapped as it is; None when it is quantised."""
+
+    def mapped(self) -> Tensor:
+        """The whole tensor as a private mapping of the file; only where `dtype` is not None."""
+
+    def read_rows(self, start: int, out: Tensor) -> None:
+        """Fill `out` (rows, ...) with the rows from `start` on, in out's number type."""
+
+
+def build(
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    where: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Qwen2:
+    """The module of `config` with its parameters read from `stored`, in `dtype` on `device`.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of a wrong shape, or a tied head differs.
+    """
+    stored = {name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)}
+    model = _meta_module(config, stored, where)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings and HEAD not in stored:
+        del expected[HEAD]
+    _check_names(expected, stored, where)
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{where}: tensor {name!r} has shape {list(stored[name].shape)}, the configuration "
+                f"asks for {list(shape)}"
+            )
+    if config.tie_word_embeddings:
+        _check_tied(stored, where)
+        expected.pop(HEAD, None)
+    state = {name: read(stored[name], dtype, device) for name in expected}
+    if config.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One tensor in `dtype` on `device`; on the CPU in its own type it stays a mapping."""
+    if stored.dtype == dtype:
+        return stored.mapped().to(device)
+    whole = torch.empty(stored.shape, dtype=dtype)
+    for start, rows in _row_blocks(stored.shape):
+        stored.read_rows(start, whole[start : start + rows])
+    return whole.to(device)
+
+
+def _row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(start, rows) of consecutive blocks of about BLOCK_ELEMENTS elements; a vector is one."""
+    if len(shape) == 1:
+        return [(0, shape[0])]
+    width = max(1, torch.Size(shape[1:]).numel())
+    step = max(1, BLOCK_ELEMENTS // width)
+    return [(start, min(step, shape[0] - start)) for start in range(0, shape[0], step)]
+
+
+def _meta_module(config: ModelConfig, stored: Collection[str], where: Path) -> Qwen2:
+    # Building takes time by the layer: a nonsensical count must fail before, not after.
+    found = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
+    if len(found) != config.num_hidden_layers:
+        raise UserError(
+            f"{where}: tensors of {len(found)} layers, the configuration asks for "
+            f"{config.num_hidden_layers}"
+        )
+    try:
+        with torch.device("meta"):
+            return Qwen2(config)
+    except (RuntimeError, OverflowError, TypeError):
+        raise UserError(f"{where}: the sizes in its configuration exceed any machine") from None
+
+
+def _check_names(expected: Collection[str], stored: Collection[str], where: Path) -> None:
+    missing = [name for name in expected if name not in stored]
+    unknown = sorted(name for name in stored if name not in expected)
+    if missing:
+        near = difflib.get_close_matches(missing[0], unknown, n=1)
+        hint = f"; it has {near[0]!r}" if near else ""
+        raise UserError(f"{where}: tensor {missing[0]!r} is missing{_more(missing)}{hint}")
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], list(expected), n=1)
+        hint = f"; the nearest known name is {near[0]!r}" if near else ""
+        raise UserError(f"{where}: unknown tensor {unknown[0]!r}{_more(unknown)}{hint}")
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_tied(stored: Mapping[str, StoredTensor], where: Path) -> None:
+    """Some files of tied models carry the head as well: it must be the embedding."""
+    if HEAD not in stored:
+        return
+    embedding, head = stored[EMBEDDING], stored[HEAD]
+    for start, rows in _row_blocks(embedding.shape):
+        one, other = torch.empty(2, rows, *embedding.shape[1:])
+        embedding.read_rows(start, one)
+        head.read_rows(start, other)
+        if not torch.equal(one, other):
+            raise UserError(
+                f"{where}: tie_word_embeddings is true, but {HEAD!r} differs from {EMBEDDING!r}; "
+                "set it to false or remove one of them"
+            )
