@@ -27,7 +27,7 @@ from qwen2.corpus.files import Found, Skipped
 from qwen2.corpus.split import held_out_keys, split_key
 
 MIN_DOCUMENT = 200  # bytes; less is a stub
-MAX_DOCUMENT = 1 << 20  # bytes; one text must not fill the cap of its kind
+MAX_DOCUMENT = 1 << 20  # bytes, and at most a quarter of the cap: one text must not fill it
 TRAIN, HELD_OUT, SUMMARY = "train.parquet", "held_out.parquet", "summary.json"
 
 
@@ -88,7 +88,8 @@ def collect_local(
     """Stream the documents of `places`, kind after kind, in an order that depends on names only.
 
     Args:
-        caps: bytes of UTF-8 by kind. The first document that would pass the cap ends its kind.
+        caps: bytes of UTF-8 by kind. The first document that would pass the cap ends its kind, so
+            a kind with text enough comes to three quarters of its cap at least.
         tally: counts what was taken and what was skipped.
         progress: told the bytes so far; its total is the sum of the caps.
 
@@ -96,10 +97,11 @@ def collect_local(
     """
     finished = 0
     for kind, cap in caps.items():
+        longest = min(MAX_DOCUMENT, cap // 4)
         for found in SOURCES[kind](places):
             if isinstance(found, Skipped):
                 tally.skip(kind, found.reason)
-            elif reason := _unfit(found):
+            elif reason := _unfit(found, longest):
                 tally.skip(kind, reason)
             elif tally.bytes[kind] + found.size > cap:
                 tally.capped.add(kind)
@@ -153,7 +155,7 @@ def build_corpus(folder: Path, config: LocalConfig, places: Places | None = None
     return summary
 
 
-def _unfit(document: Document) -> str | None:
+def _unfit(document: Document, longest: int) -> str | None:
     """Why `document` is not taken, if it is not."""
     try:
         size = document.size
@@ -161,7 +163,7 @@ def _unfit(document: Document) -> str | None:
         return "lone surrogates"
     if size < MIN_DOCUMENT:
         return f"shorter than {MIN_DOCUMENT} bytes"
-    return f"longer than {MAX_DOCUMENT} bytes" if size > MAX_DOCUMENT else None
+    return f"longer than {longest} bytes" if size > longest else None
 
 
 def _tallied(documents: Iterable[Document], tally: Tally) -> Iterator[Document]:

@@ -1,0 +1,75 @@
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen2.corpus import Document, held_out_keys, split_key
+
+CORPUS = st.lists(
+    st.builds(
+        lambda text, kind, group: Document(text, "", "", kind, group=group),
+        st.text("abc", max_size=3),
+        st.sampled_from(["code", "docstrings", "prose"]),
+        st.none() | st.sampled_from(["f1", "f2", "f3"]),
+    ),
+    max_size=25,
+)
+
+
+def held(corpus: list[Document], fraction: float, seed: int) -> frozenset[str]:
+    return held_out_keys(((d.kind, split_key(d)) for d in corpus), fraction, seed)
+
+
+@settings(deadline=None)
+@given(CORPUS, st.sampled_from([0.01, 0.3, 0.9]), st.integers(0, 5), st.randoms())
+def test_same_sides_in_any_order(
+    corpus: list[Document], fraction: float, seed: int, rng: random.Random
+) -> None:
+    shuffled = rng.sample(corpus, len(corpus))
+    assert held(corpus, fraction, seed) == held(shuffled, fraction, seed)
+
+
+@settings(deadline=None)
+@given(CORPUS, st.sampled_from([0.01, 0.3]), st.integers(0, 5))
+def test_every_kind_with_two_documents_has_one_held_out(
+    corpus: list[Document], fraction: float, seed: int
+) -> None:
+    keys = held(corpus, fraction, seed)
+    for kind in {d.kind for d in corpus}:
+        of_kind = [d for d in corpus if d.kind == kind]
+        assert len(of_kind) < 2 or any(split_key(d) in keys for d in of_kind)
+
+
+@settings(deadline=None)
+@given(CORPUS, CORPUS, st.integers(0, 5))
+def test_chosen_by_hash_whatever_else_is_there(
+    corpus: list[Document], more: list[Document], seed: int
+) -> None:
+    """A key that its own hash holds out is held out in every corpus."""
+    old = {split_key(d) for d in corpus}
+    assert held(corpus + more, 0.5, seed) & old >= {
+        key for key in old if key in held_out_keys([("k", key)], 0.5, seed)
+    }
+
+
+def test_docstrings_stay_with_their_code() -> None:
+    corpus = [
+        Document(f"{kind} of {i}", "", "", kind, group=f"stdlib/{i}.py")
+        for i in range(200)
+        for kind in ("code", "docstrings")
+    ]
+    keys = held(corpus, 0.1, 0)
+    sides = {(d.group, split_key(d) in keys) for d in corpus}
+    assert len(sides) == 200
+    assert 8 <= len(keys) <= 35  # 20 expected, 3.5 standard deviations
+
+
+def test_a_group_never_equals_a_text() -> None:
+    text = Document("x", "", "", "k")
+    named = Document("y", "", "", "k", group=split_key(text).removeprefix("text:"))
+    assert split_key(text) != split_key(named)
+
+
+def test_seed_changes_the_choice() -> None:
+    keys = [("k", f"text:{i}") for i in range(100)]
+    assert held_out_keys(keys, 0.2, 0) != held_out_keys(keys, 0.2, 1)
