@@ -1,0 +1,20 @@
+"""Token ids on disk and on their way to the model: shards, packing, loader."""
+
+from qwen2.tokens.loader import PackedLoader, TokenSource
+from qwen2.tokens.packing import IGNORE, EpochLayout, PackedBatch, Piece, lay_epoch, pack
+from qwen2.tokens.shards import ShardIndex, Shards, tokenize_documents, write_shards
+
+__all__ = [
+    "IGNORE",
+    "EpochLayout",
+    "PackedBatch",
+    "PackedLoader",
+    "Piece",
+    "ShardIndex",
+    "Shards",
+    "TokenSource",
+    "lay_epoch",
+    "pack",
+    "tokenize_documents",
+    "write_shards",
+]

@@ -1,0 +1,117 @@
+"""The loader: an endless, deterministic sequence of packed batches that can start anywhere.
+
+Batch s of rank r takes rows [(s·world + r)·rows, (s·world + r + 1)·rows) of the one stream of
+packing.py, so ranks share no row and leave none out. The only state is the next row: resuming is a
+binary search, and a resumed run may have another number of rows or ranks. Each epoch has every
+token exactly once; its last tokens that do not fill a row are carried into a row with the first of
+the next epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2.common.errors import UserError
+from qwen2.tokens.packing import EpochLayout, PackedBatch, Piece, lay_epoch, pack
+
+
+class TokenSource(Protocol):
+    """Documents of token ids, such as `Shards`."""
+
+    fingerprint: str
+    lengths: NDArray[np.int64]
+
+    def document(self, number: int, /) -> NDArray[Any]: ...
+
+
+class PackedLoader:
+    """Endless iterator over `PackedBatch`es of `rows` x `context` tokens.
+
+    Args:
+        source: the documents; none may be empty.
+        context: tokens of a row.
+        rows: rows of a batch of this rank.
+        seed: of the order of the documents, which differs from epoch to epoch.
+
+    Raises:
+        UserError: a size below 1, a negative seed or a rank outside the world.
+    """
+
+    def __init__(
+        self,
+        source: TokenSource,
+        context: int,
+        rows: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        for name, value in (("context", context), ("rows", rows), ("world size", world_size)):
+            if value < 1:
+                raise UserError(f"loader: {name} {value}; at least 1")
+        if seed < 0:
+            raise UserError(f"loader: seed {seed}; at least 0")
+        if not 0 <= rank < world_size:
+            raise UserError(f"loader: rank {rank} of {world_size}; from 0 to {world_size - 1}")
+        self.source, self.context, self.rows, self.seed = source, context, rows, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch_tokens = int(source.lengths.sum())
+        self.row = 0
+        """The next row of the stream that any rank takes."""
+        self._layouts: dict[int, EpochLayout] = {}
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        first = self.row + self.rank * self.rows
+        pieces = [p for row in range(first, first + self.rows) for p in self._row_pieces(row)]
+        batch = pack(pieces, self.source.document)
+        self.row += self.rows * self.world_size
+        return batch
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that all ranks together have taken."""
+        return self.row * self.context / self.epoch_tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue; the same on all ranks."""
+        return {"row": self.row, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: it was taken with other shards, another context or another seed.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"loader: the saved state has {name} {state.get(name)}, this run {value}; "
+                    "resume with the same shards, context and seed"
+                )
+        self.row = int(state["row"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {"context": self.context, "seed": self.seed, "shards": self.source.fingerprint}
+
+    def _row_pieces(self, row: int) -> list[Piece]:
+        start, stop = row * self.context, (row + 1) * self.context
+        pieces: list[Piece] = []
+        while start < stop:
+            epoch, offset = divmod(start, self.epoch_tokens)
+            length = min(stop - start, self.epoch_tokens - offset)
+            pieces += self._layout(epoch).pieces(offset, offset + length)
+            start += length
+        return pieces
+
+    def _layout(self, epoch: int) -> EpochLayout:
+        if epoch not in self._layouts:
+            # A row can straddle two epochs, so the one before is kept too.
+            self._layouts = {e: v for e, v in self._layouts.items() if e == epoch - 1}
+            self._layouts[epoch] = lay_epoch(self.source.lengths, self.seed, epoch)
+        return self._layouts[epoch]
