@@ -99,7 +99,9 @@ class Conversation:
         self, model: Qwen2, tokenizer: Tokenizer, params: SamplingParams, system: str | None
     ) -> None:
         from qwen2.inference.generate import CachedTokens
+        from qwen2.tokenizer.chatml import ChatTemplate
 
+        self.template = ChatTemplate.of(tokenizer)
         self.model, self.tokenizer, self.params = model, tokenizer, params
         self.cached = CachedTokens(model)
         self.reset(system)
@@ -118,7 +120,9 @@ class Conversation:
         from qwen2.inference import Sequence, stream
 
         question = {"role": "user", "content": text}
-        prompt = self.tokenizer.encode_chat([*self.messages, question], add_generation_prompt=True)
+        prompt, _ = self.template.encode(
+            self.tokenizer, [*self.messages, question], add_generation_prompt=True
+        )
         try:
             sequence = Sequence(self.model, self.tokenizer, prompt, self.params, self.cached)
         except UserError as error:

@@ -51,6 +51,7 @@ def generate(
     from qwen2.common.runtime import set_threads
     from qwen2.inference import Completion, SamplingParams, Sequence, stream
     from qwen2.model.hub import load
+    from qwen2.tokenizer.chatml import ChatTemplate
 
     if system is not None and not chat:
         raise UserError("--system has no place in raw text; add --chat")
@@ -72,7 +73,9 @@ def generate(
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+        ids, _ = ChatTemplate.of(tokenizer).encode(
+            tokenizer, messages, add_generation_prompt=True
+        )
     else:
         # A document begins after the end of another, so an empty prompt is that end.
         ids = tokenizer.encode(text, parse_special=parse_special) or [tokenizer.end_of_text_id]

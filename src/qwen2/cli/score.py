@@ -24,17 +24,13 @@ def score(
 ) -> None:
     """Perplexity per token and bits per byte of files; each file is one document."""
     from qwen2.common.errors import UserError
+    from qwen2.common.files import read_text
     from qwen2.common.progress import Progress
     from qwen2.common.runtime import set_threads
     from qwen2.evaluate.score import DEFAULT_CONTEXT, Score, score_text
     from qwen2.model.hub import load
 
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_bytes().decode())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not readable as UTF-8 text: {error}") from None
+    texts = [read_text(file) for file in files]
     if not any(texts):
         raise UserError(f"{files[0]}: nothing to score; give a file with text")
     set_threads(threads)

@@ -110,6 +110,20 @@ def verify_folder(folder: Path) -> str | None:
     return None
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its line ends as they are.
+
+    Raises:
+        UserError: it is not there, not readable, or not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:

@@ -1,0 +1,121 @@
+"""The sampler: numbers by hand, and the same distribution as transformers' processors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from qwen2.common.errors import UserError
+from qwen2.inference.sampling import SamplingParams, candidates, penalize, sample
+
+LOG = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+
+
+def drawn(params: SamplingParams, logits: torch.Tensor = LOG) -> dict[int, float]:
+    tokens, probabilities = candidates(logits, params)
+    shares = probabilities / probabilities.sum()
+    return {int(token): round(float(share), 6) for token, share in zip(tokens, shares, strict=True)}
+
+
+def test_temperature_by_hand() -> None:
+    # Squares at temperature 1/2: 0.01, 0.16, 0.04, 0.09 over 0.30.
+    expected = {0: 1 / 30, 1: 16 / 30, 2: 4 / 30, 3: 9 / 30}
+    assert drawn(SamplingParams(temperature=0.5)) == {k: round(v, 6) for k, v in expected.items()}
+
+
+def test_top_k_by_hand() -> None:
+    expected = {1: round(4 / 7, 6), 3: round(3 / 7, 6)}
+    assert drawn(SamplingParams(temperature=1.0, top_k=2)) == expected
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.39, {1}), (0.41, {1, 3}), (0.69, {1, 3}), (0.71, {1, 3, 2}), (1e-9, {1})]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
+    assert set(drawn(SamplingParams(temperature=1.0, top_p=top_p))) == kept
+
+
+def test_repetition_penalty_by_hand() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    assert penalize(logits, [0, 1, 1, 0], 2.0).tolist() == [1.0, -4.0, 1.0]
+    assert logits.tolist() == [2.0, -2.0, 1.0]
+
+
+def test_greedy_ignores_the_generator() -> None:
+    params = SamplingParams(temperature=0.0, top_k=3, top_p=0.5)
+    assert sample(LOG, [], params, params.generator()) == 1
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([5, 40, 3000]),
+    temperature=st.floats(0.1, 3.0),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0.05, 1.0),
+    penalty=st.floats(0.5, 2.0),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_distribution_is_that_of_transformers(
+    seed: int, size: int, temperature: float, top_k: int, top_p: float, penalty: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(size, generator=generator)
+    seen = torch.randint(0, size, (4,), generator=generator).tolist()
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    processors = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)]
+    )
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    theirs = processors(torch.tensor([seen]), logits[None].clone())[0].softmax(-1)
+
+    tokens, probabilities = candidates(penalize(logits, seen, penalty), params)
+    ours = torch.zeros(size).index_put((tokens,), probabilities / probabilities.sum())
+    # A sum that falls on p to the last bit may keep one token more or less.
+    differing = (ours > 0) ^ (theirs > 0)
+    if differing.any():
+        assert differing.sum() == 1
+        kept = probabilities[: len(tokens) - (1 if bool((ours > 0)[differing]) else 0)]
+        assert abs(float(kept.sum()) - top_p) < 1e-5
+    else:
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    params = SamplingParams(temperature=1.0, seed=5)
+    generator = params.generator()
+    draws = torch.tensor([sample(LOG, [], params, generator) for _ in range(4000)])
+    shares = draws.bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, LOG.exp(), atol=0.03, rtol=0)
+
+
+def test_a_seed_draws_the_same_again() -> None:
+    def draws(seed: int) -> list[int]:
+        params = SamplingParams(temperature=1.0, seed=seed)
+        generator = params.generator()
+        return [sample(LOG, [], params, generator) for _ in range(30)]
+
+    assert draws(1) == draws(1) != draws(2)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0},
+        {"repetition_penalty": 0}, {"temperature": float("nan")}, {"temprature": 1},
+    ],
+)  # fmt: skip
+def test_senseless_settings_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(bad))):
+        SamplingParams.parse(bad, "sampling")

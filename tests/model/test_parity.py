@@ -1,0 +1,219 @@
+"""Logits and gradients equal transformers' Qwen2ForCausalLM with copied weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen2.model.attention import PackedAttention, causal_attention
+from qwen2.model.cache import CachedAttention, KVCache
+from qwen2.model.config import ModelConfig
+from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.rope import Rope, rotate
+
+SHAPES = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "multi-query": {"num_key_value_heads": 1},
+    "multi-head": {"num_key_value_heads": 4},
+    "small base": {"rope_theta": 10_000.0, "rms_norm_eps": 1e-5},
+}
+
+
+def build(config: ModelConfig, seed: int = 0) -> Qwen2:
+    """A model whose every parameter is random: biases and norms too, else they are not tested."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Qwen2(config).eval()
+    init_weights(model, generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def oracle(model: Qwen2) -> transformers.Qwen2ForCausalLM:
+    config = transformers.Qwen2Config(**model.config.to_hf("float32"))
+    other = transformers.Qwen2ForCausalLM(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def tokens_of(config: ModelConfig, count: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, (count,), generator=generator)
+
+
+def alone(model: Qwen2, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens, torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_logits_equal_transformers(tiny: ModelConfig, shape: str) -> None:
+    model = build(tiny.model_copy(update=SHAPES[shape]))
+    tokens = tokens_of(tiny, 67)
+    torch.testing.assert_close(
+        alone(model, tokens), oracle(model)(tokens[None]).logits[0], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_gradients_equal_transformers(tiny: ModelConfig) -> None:
+    model = build(tiny)
+    other = oracle(model)
+    tokens = tokens_of(tiny, 40)
+    torch.nn.functional.cross_entropy(alone(model, tokens)[:-1], tokens[1:]).backward()
+    other(tokens[None], labels=tokens[None]).loss.backward()
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: n + m
+        )
+
+
+@torch.no_grad()
+def test_packed_documents_equal_each_alone(tiny: ModelConfig) -> None:
+    model = build(tiny)
+    other = oracle(model)
+    lengths = [1, 17, 2, 30]
+    tokens = tokens_of(tiny, sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    packed = model(tokens, positions, PackedAttention(lengths))
+    for document, logits in zip(tokens.split(lengths), packed.split(lengths), strict=True):
+        torch.testing.assert_close(logits, alone(model, document), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, other(document[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@given(cuts=st.lists(st.integers(1, 20), min_size=1, max_size=8), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+@torch.no_grad()
+def test_cache_equals_no_cache(cuts: list[int], seed: int) -> None:
+    """A prefill in any chunks, then single tokens, equals one full pass."""
+    config = ModelConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = build(config, seed)
+    tokens = tokens_of(config, sum(cuts), seed)
+    cache = KVCache(config, torch.float32, tokens.device)
+    parts = []
+    for chunk in tokens.split(cuts):
+        attention = CachedAttention([cache], [len(chunk)])
+        parts.append(model(chunk, attention.positions(tokens.device), attention))
+        attention.advance()
+    torch.testing.assert_close(torch.cat(parts), alone(model, tokens), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_batched_equals_alone(tiny: ModelConfig) -> None:
+    """Sequences of different lengths share passes; each sees its own cache only."""
+    model = build(tiny)
+    other = oracle(model)
+    prompts = [tokens_of(tiny, length, seed=length) for length in (3, 29, 1)]
+    caches = [KVCache(tiny, torch.float32, torch.device("cpu")) for _ in prompts]
+    fed = [(prompt[:1], prompt[1:]) if len(prompt) > 1 else (prompt,) for prompt in prompts]
+    last: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    for turn in range(2):
+        live = [i for i, parts in enumerate(fed) if turn < len(parts)]
+        chunks = [fed[i][turn] for i in live]
+        attention = CachedAttention([caches[i] for i in live], [len(c) for c in chunks])
+        device = torch.device("cpu")
+        logits = model(
+            torch.cat(chunks), attention.positions(device), attention, attention.last_rows(device)
+        )
+        attention.advance()
+        for i, row in zip(live, logits, strict=True):
+            last[i] = row
+    for prompt, row in zip(prompts, last, strict=True):
+        torch.testing.assert_close(row, alone(model, prompt)[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(row, other(prompt[None]).logits[0, -1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_forgetting_part_of_the_cache(tiny: ModelConfig) -> None:
+    model = build(tiny)
+    tokens = tokens_of(tiny, 12)
+    cache = KVCache(tiny, torch.float32, torch.device("cpu"))
+    for chunk in (tokens_of(tiny, 30, seed=9), tokens):
+        cache.truncate(0)
+        attention = CachedAttention([cache], [len(chunk)])
+        logits = model(chunk, attention.positions(tokens.device), attention)
+        attention.advance()
+    torch.testing.assert_close(logits, alone(model, tokens), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_single_row_takes_the_same_values(tiny: ModelConfig) -> None:
+    """The matrix-vector path against the matrix-matrix path, in both number types."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        layer = build(tiny).to(dtype).model.layers[0]
+        x = torch.randn(2, tiny.hidden_size, generator=torch.Generator().manual_seed(3)).to(dtype)
+        for linear in (layer.self_attn.q_proj, layer.mlp.gate_proj):
+            torch.testing.assert_close(
+                linear(x[:1]), linear(x)[:1], atol=tolerance, rtol=tolerance
+            )
+
+
+@torch.no_grad()
+def test_bf16_equals_transformers_in_its_precision(tiny: ModelConfig) -> None:
+    model = build(tiny).to(torch.bfloat16)
+    exact = build(tiny)
+    tokens = tokens_of(tiny, 50)
+    theirs = oracle(build(tiny)).to(torch.bfloat16)(tokens[None]).logits[0].float()
+    reference = alone(exact, tokens)
+    ours_error = (alone(model, tokens).float() - reference).abs().mean()
+    their_error = (theirs - reference).abs().mean()
+    assert ours_error < 1.25 * their_error
+
+
+@torch.no_grad()
+def test_fp16_scores_do_not_overflow() -> None:
+    """Keys and queries as large as layer 0 of the 0.5B makes them: |q·k| beyond fp16's 65,504."""
+    q = torch.full((5, 4, 64), 40.0, dtype=torch.float16)
+    k = torch.full((5, 2, 64), 40.0, dtype=torch.float16)  # q·k = 102,400
+    k[0] *= 0.9
+    v = torch.arange(5.0).to(torch.float16)[:, None, None].expand(5, 2, 64).contiguous()
+    out = causal_attention(q, k, v)
+    assert out.dtype == torch.float16
+    exact = causal_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=2e-3)
+    single = causal_attention(q[:1], k, v)
+    torch.testing.assert_close(
+        single.double(), causal_attention(q[:1].double(), k.double(), v.double()),
+        atol=2e-3, rtol=2e-3,
+    )  # fmt: skip
+
+
+@given(
+    T=st.integers(1, 9), past=st.integers(0, 9), K=st.integers(1, 3), G=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_attention_equals_its_formula(T: int, past: int, K: int, G: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    D, S = 6, T + past
+    q = torch.randn(T, K * G, D, generator=generator, dtype=torch.float64)
+    k = torch.randn(S, K, D, generator=generator, dtype=torch.float64)
+    v = torch.randn(S, K, D, generator=generator, dtype=torch.float64)
+    expected = torch.empty_like(q)
+    for t in range(T):
+        for head in range(K * G):
+            seen = slice(0, past + t + 1)
+            scores = k[seen, head // G] @ q[t, head] / D**0.5
+            expected[t, head] = scores.softmax(0) @ v[seen, head // G]
+    torch.testing.assert_close(causal_attention(q, k, v), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_rotation_by_hand() -> None:
+    """θ = 100, D = 4: frequencies 1 and 0.1; unit 0 turns with unit 2, unit 1 with unit 3."""
+    rope = Rope(head_dim=4, theta=100.0)
+    cos, sin = rope.tables(torch.tensor([3]), torch.float64)
+    angles = torch.tensor([3.0, 0.3], dtype=torch.float64)
+    torch.testing.assert_close(cos[0, 0], angles.cos(), atol=1e-7, rtol=0)
+    x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]], dtype=torch.float64)
+    expected = torch.stack(
+        [angles[0].cos(), -2 * angles[1].sin(), angles[0].sin(), 2 * angles[1].cos()]
+    )
+    torch.testing.assert_close(rotate(x, (cos, sin))[0, 0], expected, atol=1e-6, rtol=0)
