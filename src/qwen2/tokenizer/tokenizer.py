@@ -129,7 +129,7 @@ class Tokenizer:
         write_folder(self, Path(folder))
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`; with `parse_special`, special tokens written in it become their ids."""
+        """Token ids of `text`; `parse_special` reads special tokens written in it as such."""
         if not parse_special:
             return self._encode_ordinary(text)
         ids: list[int] = []

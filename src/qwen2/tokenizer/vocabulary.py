@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from qwen2.common.errors import UserError
 
@@ -71,19 +72,19 @@ def check_ids(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> 
     if b"" in ranks or "" in special_tokens:
         raise UserError("vocabulary: a token is empty")
     used: dict[int, bytes | str] = {}
-    for token, id_ in [*ranks.items(), *special_tokens.items()]:
-        if id_ < 0:
-            raise UserError(f"vocabulary: token {token!r} has the id {id_}; ids start at 0")
-        if used.setdefault(id_, token) is not token:
-            raise UserError(f"vocabulary: id {id_} is given to {used[id_]!r} and to {token!r}")
+    for tokens in (ranks, special_tokens):
+        for token, id_ in tokens.items():
+            if id_ < 0:
+                raise UserError(f"vocabulary: token {token!r} has the id {id_}; ids start at 0")
+            if id_ in used:
+                raise UserError(f"vocabulary: id {id_} is given to {used[id_]!r} and to {token!r}")
+            used[id_] = token
     free = next((id_ for id_ in range(max(ranks.values())) if id_ not in used), None)
     if free is not None:
         raise UserError(f"vocabulary: id {free} has no token; the file is incomplete")
 
 
-def check_merges(
-    ranks: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]], where: str
-) -> None:
+def check_merges(ranks: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]) -> None:
     """The listed merges are the ones that the ids imply: one for each longer token, in their order.
 
     That is what lets ids serve as ranks. It holds for every published Qwen2 checkpoint.
@@ -91,22 +92,21 @@ def check_merges(
     Raises:
         UserError: a merge is missing, repeated, out of order or not of tokens.
     """
-    made = -1
+    last = -1
     for left, right in merges:
-        id_ = ranks.get(left + right)
-        if id_ is None or left not in ranks or right not in ranks:
-            raise UserError(f"{where}: merge {spell(left)} {spell(right)} is not of tokens")
-        if id_ <= made:
-            raise UserError(
-                f"{where}: merge {spell(left)} {spell(right)} is repeated or not in the order of "
-                "the ids; only vocabularies whose ids are merge ranks are read, as Qwen2's are"
-            )
-        made = id_
+        id_ = ranks.get(left + right, -1)
+        if id_ < 0 or left not in ranks or right not in ranks:
+            raise UserError(f"merge {_spell_pair(left, right)} is not of tokens in the vocabulary")
+        if id_ <= last:
+            raise UserError(f"merge {_spell_pair(left, right)} is not in the order of the ids")
+        last = id_
     longer = sum(len(token) > 1 for token in ranks)
     if len(merges) != longer:
-        raise UserError(
-            f"{where}: {len(merges)} merges for {longer} tokens of several bytes; one each is needed"
-        )
+        raise UserError(f"{len(merges)} merges for {longer} tokens that need one; some are missing")
+
+
+def _spell_pair(left: bytes, right: bytes) -> str:
+    return f"'{spell(left)} {spell(right)}'"
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -127,9 +127,7 @@ def _merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     limit = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [
-            ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)
-        ]
+        pairs = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
         lowest = min(pairs)
         if lowest >= limit:
             raise UserError(f"vocabulary: no merge of lower tokens makes token {limit}, {token!r}")
