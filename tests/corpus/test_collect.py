@@ -158,9 +158,16 @@ def test_multilingual(places: Places) -> None:
     assert tally.skipped["multilingual"] == {"not a readable catalogue": 1}
 
 
-def test_reference(places: Places) -> None:
-    found, _ = collect(places, "reference")
-    assert '"assert"' in found["reference/assert"].text
+def test_reference_topics_do_not_contain_one_another(places: Places) -> None:
+    found, tally = collect(places, "reference")
+    assert "Assert statements" in found["reference/assert"].text
+    assert tally.skipped["reference"]["part of a longer topic"] > 0
+    owners: dict[str, set[str]] = {}
+    for name, document in found.items():
+        for paragraph in document.text.split("\n\n"):
+            owners.setdefault(" ".join(paragraph.split()), set()).add(name)
+    size = sum(map(len, owners))
+    assert sum(len(text) for text, names in owners.items() if len(names) > 1) < 0.05 * size
 
 
 def test_missing_folders_give_nothing(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=15)
 def documents(lengths: list[int]) -> list[np.ndarray]:
     """Documents whose every token is unlike any other, so that each can be told apart."""
     starts = np.cumsum([0, *lengths])
-    return [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, starts[1:], strict=False)]
+    return [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(starts)]
 
 
 def test_two_documents_by_hand() -> None:

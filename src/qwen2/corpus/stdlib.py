@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qwen2.corpus.documents import Document
@@ -66,15 +66,35 @@ def docstrings(stdlib: Path) -> Iterator[Found]:
 
 
 def reference() -> Iterator[Found]:
-    """One document a topic of `help()`: the language reference that pydoc carries."""
+    """One document a topic of `help()`: the language reference that pydoc carries.
+
+    Many topics are a section of a longer one; a split would leak, so they are skipped.
+    """
     try:
         from pydoc_data import topics
     except ImportError:
         yield Skipped("reference", "not installed", "pydoc_data.topics")
         return
+    whole = _without_parts_of_others(topics.topics)
     for name in sample_order(topics.topics):
-        text, identity = topics.topics[name], f"reference/{name}"
-        yield Document(text, identity, f"pydoc_data.topics#{name}", "reference", LICENCE, "en")
+        source = f"pydoc_data.topics#{name}"
+        if name in whole:
+            text, identity = topics.topics[name], f"reference/{name}"
+            yield Document(text, identity, source, "reference", LICENCE, "en")
+        else:
+            yield Skipped("reference", "part of a longer topic", source)
+
+
+def _without_parts_of_others(topics: Mapping[str, str]) -> set[str]:
+    """The topics that have more than half of their paragraphs' text to themselves or are longer."""
+    kept, seen = set(), set[str]()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = {" ".join(p.split()) for p in topics[name].split("\n\n")}
+        new = paragraphs - seen
+        if 2 * sum(map(len, new)) > sum(map(len, paragraphs)):
+            kept.add(name)
+            seen |= paragraphs
+    return kept
 
 
 def _modules(stdlib: Path, kind: str) -> Iterator[tuple[str, Path, str | Skipped]]:
