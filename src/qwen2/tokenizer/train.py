@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from tokenizers import Regex, Tokenizer as Trainee, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Trainee
 
 from qwen2.common.errors import UserError
 from qwen2.tokenizer.chatml import default_source
