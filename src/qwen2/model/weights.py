@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
@@ -24,7 +25,7 @@ from qwen2.model.decoder import Qwen2
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 20
 """Elements converted at a time: few enough for the cache, enough to hide the calls' cost."""
 
 # Buffers that older versions of transformers saved; they follow from the configuration.
@@ -112,10 +113,25 @@ def _meta_module(config: ModelConfig, stored: Collection[str], where: Path) -> Q
             f"{config.num_hidden_layers}"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutInit():
             return Qwen2(config)
     except (RuntimeError, OverflowError, TypeError):
         raise UserError(f"{where}: the sizes in its configuration exceed any machine") from None
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leave new parameters as they are: random numbers on meta import torch.compile, a second."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def _check_names(expected: Collection[str], stored: Collection[str], where: Path) -> None:
