@@ -8,7 +8,7 @@ from qwen2.corpus import Document, held_out_keys, split_key
 CORPUS = st.lists(
     st.builds(
         lambda text, kind, group: Document(text, "", "", kind, group=group),
-        st.text("abc", max_size=3),
+        st.text("abc", min_size=1, max_size=3),
         st.sampled_from(["code", "docstrings", "prose"]),
         st.none() | st.sampled_from(["f1", "f2", "f3"]),
     ),
@@ -17,7 +17,7 @@ CORPUS = st.lists(
 
 
 def held(corpus: list[Document], fraction: float, seed: int) -> frozenset[str]:
-    return held_out_keys(((d.kind, split_key(d)) for d in corpus), fraction, seed)
+    return held_out_keys(((d.kind, split_key(d), d.size) for d in corpus), fraction, seed)
 
 
 @settings(deadline=None)
@@ -31,13 +31,32 @@ def test_same_sides_in_any_order(
 
 @settings(deadline=None)
 @given(CORPUS, st.sampled_from([0.01, 0.3]), st.integers(0, 5))
-def test_every_kind_with_two_documents_has_one_held_out(
+def test_every_kind_that_can_be_parted_has_text_held_out(
     corpus: list[Document], fraction: float, seed: int
 ) -> None:
     keys = held(corpus, fraction, seed)
     for kind in {d.kind for d in corpus}:
         of_kind = [d for d in corpus if d.kind == kind]
-        assert len(of_kind) < 2 or any(split_key(d) in keys for d in of_kind)
+        if len({split_key(d) for d in of_kind}) >= 2:
+            assert any(split_key(d) in keys for d in of_kind)
+
+
+def test_a_kind_whose_large_documents_chance_spares_gets_more_held_out() -> None:
+    corpus = [("k", f"text:{i}", 1) for i in range(50)]
+    by_chance = held_out_keys(corpus, 0.1)
+    assert 2 <= len(by_chance) <= 10
+    heavy = [(kind, key, size if key in by_chance else 1000) for kind, key, size in corpus]
+    more = held_out_keys(heavy, 0.1)
+    assert more > by_chance
+    sizes = {key: size for _, key, size in heavy}
+    total = sum(sizes.values())
+    assert 0.05 * total <= sum(sizes[key] for key in more) < 0.05 * total + 1000
+
+
+def test_documents_of_one_group_cannot_be_parted() -> None:
+    groups = [f"group:{i}" for i in range(200)]
+    held_alone = [g for g in groups if held_out_keys([("k", g, 5), ("k", g, 6)], 0.1)]
+    assert 5 <= len(held_alone) <= 40  # by its hash only, as about 20 of 200 groups are
 
 
 @settings(deadline=None)
@@ -48,7 +67,7 @@ def test_chosen_by_hash_whatever_else_is_there(
     """A key that its own hash holds out is held out in every corpus."""
     old = {split_key(d) for d in corpus}
     assert held(corpus + more, 0.5, seed) & old >= {
-        key for key in old if key in held_out_keys([("k", key)], 0.5, seed)
+        key for key in old if key in held_out_keys([("k", key, 1)], 0.5, seed)
     }
 
 
@@ -71,5 +90,5 @@ def test_a_group_never_equals_a_text() -> None:
 
 
 def test_seed_changes_the_choice() -> None:
-    keys = [("k", f"text:{i}") for i in range(100)]
+    keys = [("k", f"text:{i}", 1) for i in range(100)]
     assert held_out_keys(keys, 0.2, 0) != held_out_keys(keys, 0.2, 1)

@@ -141,7 +141,7 @@ def build_corpus(folder: Path, config: LocalConfig, places: Places | None = None
         documents = collect_local(places or this_machine(), caps, tally, progress)
         write_documents(everything, deduplicate(documents, removed))
 
-        keys = ((d.kind, split_key(d)) for d in read_documents(everything))
+        keys = ((d.kind, split_key(d), d.size) for d in read_documents(everything))
         held = held_out_keys(keys, config.held_out, config.seed)
         sides = {TRAIN: Tally(), HELD_OUT: Tally()}
         for name, side in sides.items():

@@ -2,13 +2,14 @@
 
 The hash is of the document's group if it has one, else of its text. A module's code and the
 docstrings taken from it share a group and so a side, else the held-out set would leak. Only a kind
-that chance leaves without a held-out document depends on the rest of the corpus: the group with
-the smallest hash is held out for it.
+of which chance holds out too few bytes to measure depends on the rest of the corpus: the keys with
+its next smallest hashes are held out too.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 
 from qwen2.corpus.dedup import text_digest
@@ -23,24 +24,30 @@ def split_key(document: Document) -> str:
 
 
 def held_out_keys(
-    documents: Iterable[tuple[str, str]], fraction: float, seed: int = 0
+    documents: Iterable[tuple[str, str, int]], fraction: float, seed: int = 0
 ) -> frozenset[str]:
-    """The split keys to hold out: about `fraction` of the keys, one at least of every kind.
+    """The split keys to hold out: about `fraction` of all, and of each kind that has two keys at
+    least one and at least half of `fraction` of its bytes.
 
     Args:
-        documents: (kind, split key) of every document. A kind with a single document has none held
-            out for its own sake.
+        documents: (kind, split key, bytes) of every document.
         fraction: 0 < fraction < 1.
     """
     assert 0 < fraction < 1, f"held-out fraction {fraction}: between 0 and 1"
-    keys: dict[str, list[str]] = {}
-    for kind, key in documents:
-        keys.setdefault(kind, []).append(key)
-    chance = {key: _uniform(key, seed) for of_kind in keys.values() for key in of_kind}
+    sizes: dict[str, Counter[str]] = {}
+    for kind, key, size in documents:
+        sizes.setdefault(kind, Counter())[key] += size
+    chance = {key: _uniform(key, seed) for of_kind in sizes.values() for key in of_kind}
     held = {key for key, value in chance.items() if value < fraction}
-    for kind in sorted(keys):
-        if len(keys[kind]) >= 2 and held.isdisjoint(keys[kind]):
-            held.add(min(keys[kind], key=lambda key: (chance[key], key)))
+    for _, of_kind in sorted(sizes.items()):
+        enough = max(1, of_kind.total() * fraction / 2)
+        done = sum(size for key, size in of_kind.items() if key in held)
+        by_chance = sorted(of_kind.keys() - held, key=lambda key: (chance[key], key))
+        for key in by_chance[:-1]:
+            if done >= enough:
+                break
+            held.add(key)
+            done += of_kind[key]
     return frozenset(held)
 
 
