@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import qwen2
-from qwen2.cli import chat, generate, score
+from qwen2.cli import chat, generate, score, train
 from qwen2.common.errors import UserError
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def options(
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(score.score)
+app.command()(train.train)
 
 
 def main() -> None:

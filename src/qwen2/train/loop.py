@@ -1,0 +1,233 @@
+"""The training step and the loop around it, for all stages.
+
+A step is some micro-batches, whose gradients add up to those of the one large batch, then one
+update. A batch whose loss or gradient is not finite is passed over: weights, optimizer and schedule
+are as if it had not been in the data. The loop knows of a model only that it maps packed tokens to
+hidden states; evaluation arrives as a callable.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qwen2.common.config import Config
+from qwen2.common.errors import UserError
+from qwen2.common.progress import Progress, say
+from qwen2.model.attention import PackedAttention
+from qwen2.model.decoder import Qwen2
+from qwen2.tokens.packing import PackedBatch
+from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
+from qwen2.train.flops import measure_matmul_peak, step_flops
+from qwen2.train.loss import IGNORE, chunked_cross_entropy
+from qwen2.train.metrics import MetricsFile
+from qwen2.train.precision import MasterWeights
+from qwen2.train.signals import stop_on_signals
+
+Evaluate = Callable[[Qwen2], dict[str, Any]]
+"""Held-out figures of a model, which is in eval mode and without gradients meanwhile."""
+
+
+SHOWN = ("loss", "grad_norm", "tokens_per_s", "mfu")
+"""What the progress bar shows of a metrics line."""
+
+
+class Loader(Protocol):
+    """An endless sequence of packed batches whose place can be saved."""
+
+    def __next__(self) -> PackedBatch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class LoopSettings(Config):
+    """What the loop needs to know; every training recipe has these keys."""
+
+    accumulation: int = Field(default=1, gt=0)  # micro-batches of a step
+    clip: float = Field(default=1.0, gt=0)  # largest norm of the whole gradient
+    max_skips: int = Field(default=5, gt=0)  # non-finite batches in a row that end the run
+    checkpoint_every: int = Field(default=500, gt=0)  # steps
+    keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
+    evaluate_every: int = Field(default=500, gt=0)  # steps
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; loss in nats a token, the norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+@dataclass
+class Trainee:
+    """What a step changes."""
+
+    model: Qwen2
+    weights: MasterWeights
+    optimizer: torch.optim.Optimizer
+
+
+def train_step(
+    trainee: Trainee, batches: Sequence[PackedBatch], lr: float, clip: float
+) -> StepResult:
+    """One update from `batches` at learning rate `lr`, or none when it would not be finite."""
+    model, weights, optimizer = trainee.model, trainee.weights, trainee.optimizer
+    count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        part = batch_loss(model, batch, count)
+        part.backward()  # type: ignore[no-untyped-call]
+        weights.collect_gradients()
+        loss += part.item()
+    masters = list(weights.masters.values())
+    gradients = [master.grad for master in masters if master.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    grad_norm = norm.item()
+    applied = math.isfinite(loss) and math.isfinite(grad_norm)
+    if applied:
+        if grad_norm > clip:
+            torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        weights.publish()
+    weights.drop_gradients()
+    return StepResult(loss, grad_norm, applied)
+
+
+def batch_loss(model: Qwen2, batch: PackedBatch, count: int | None = None) -> Tensor:
+    """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean)."""
+    device = model.device
+    hidden = model.model(
+        batch.tokens.to(device), batch.positions.to(device), PackedAttention(batch.lengths)
+    )
+    return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count)
+
+
+class Run:
+    """A run in folder `out`: resumed from its newest checkpoint, or begun.
+
+    Raises:
+        UserError: `out` belongs to another model, or its data changed.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        loader: Loader,
+        settings: LoopSettings,
+        lr: Callable[[int], float],
+        out: Path,
+        stage: str,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.trainee, self.loader, self.settings, self.lr = trainee, loader, settings, lr
+        self.out, self.stage, self.evaluate = out, stage, evaluate
+        self.state = RunState()
+        self.checkpoint = newest_checkpoint(out / "checkpoints")
+        if self.checkpoint is not None:
+            self.state, loader_state = load_checkpoint(
+                self.checkpoint, trainee.weights.masters, trainee.optimizer
+            )
+            trainee.weights.publish()
+            loader.load_state_dict(loader_state)
+        self._saved = self.state.step
+        self.metrics = MetricsFile(out / "metrics.jsonl", self.state.metrics_bytes)
+
+    def train(self, steps: int) -> bool:
+        """Train up to `steps` updates in all; False when a signal ended it before.
+
+        Raises:
+            UserError: too many non-finite batches in a row, or the disk is full.
+        """
+        device = self.trainee.model.device
+        peak = measure_matmul_peak(self.trainee.model.dtype, device)
+        with stop_on_signals() as stopped, Progress(self.stage, steps) as progress:
+            while self.state.step < steps and not stopped():
+                line = self._step(peak)
+                progress.update(self.state.step, **{name: line[name] for name in SHOWN})
+                if self._due(self.settings.evaluate_every, steps):
+                    self._evaluate()
+                if self._due(self.settings.checkpoint_every, steps):
+                    self.save()
+            if (name := stopped()) and self.state.step < steps:
+                if self.state.step != self._saved:
+                    self.save()
+                say(f"{name}: stopped at step {self.state.step} of {steps}; run again to go on")
+                return False
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        self.state.metrics_bytes = self.metrics.sync()
+        self.checkpoint = save_checkpoint(
+            self.out / "checkpoints",
+            self.state,
+            self.trainee.weights.masters,
+            self.trainee.optimizer,
+            self.loader.state_dict(),
+            self.settings,
+            self.settings.keep,
+        )
+        self._saved = self.state.step
+
+    def _step(self, peak: float) -> dict[str, Any]:
+        """One applied step, after passing over batches that are not finite; its metrics line."""
+        lr = self.lr(self.state.step)
+        for _ in range(self.settings.max_skips):
+            began = time.perf_counter()
+            batches = [next(self.loader) for _ in range(self.settings.accumulation)]
+            result = train_step(self.trainee, batches, lr, self.settings.clip)
+            seconds = time.perf_counter() - began
+            if result.applied:
+                break
+            self._pass_over(result)
+        else:
+            raise UserError(
+                f"{self.out}: {self.settings.max_skips} batches in a row without a finite loss and "
+                f"gradient after step {self.state.step}; lower optimizer.lr or look at the data"
+            )
+        lengths = [length for batch in batches for length in batch.lengths]
+        self.state.step += 1
+        self.state.tokens += sum(lengths)
+        flops = step_flops(self.trainee.model.config, lengths)
+        line = {
+            "step": self.state.step,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": round(sum(lengths) / seconds, 1),
+            "mfu": round(flops / seconds / peak, 4),
+            "tokens": self.state.tokens,
+        }
+        self.metrics.write(line)
+        return line
+
+    def _pass_over(self, result: StepResult) -> None:
+        self.state.skipped += 1
+        what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        say(f"batch after step {self.state.step} passed over: {what}")
+        self.metrics.write({"step": self.state.step, "skipped": what})
+
+    def _due(self, every: int, steps: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == steps
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        model = self.trainee.model
+        model.eval()
+        with torch.no_grad():
+            figures = self.evaluate(model)
+        model.train()
+        self.metrics.write({"step": self.state.step, "evaluation": figures})

@@ -1,0 +1,59 @@
+"""Learning-rate schedules: pure functions from step to a factor of the peak learning rate.
+
+Step t of `steps` counts from 0. Warm-up is linear and never 0: factor (t+1)/warmup. The cosine is
+that of Loshchilov & Hutter 2017; WSD (warm-up, stable, decay) that of MiniCPM (Hu et al. 2024),
+with its decay linear. The report does not state its schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qwen2.common.config import Config
+
+
+def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
+    """Warm-up, then half a cosine from 1 to `floor`, which it would reach at step `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / (steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def wsd(step: int, steps: int, warmup: int, decay: int, floor: float) -> float:
+    """Warm-up, then 1, and over the last `decay` steps a line to `floor` at step `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    left = max(steps - step, 0)
+    return 1.0 if left >= decay else floor + (1 - floor) * left / decay
+
+
+class Cosine(Config):
+    """`cosine`, as a recipe gives it."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = Field(default=0, ge=0)  # steps
+    floor: float = Field(default=0.1, ge=0, le=1)  # factor at the end
+
+    def factor(self, step: int, steps: int) -> float:
+        """Factor of the peak learning rate for step `step` of `steps`."""
+        return cosine(step, steps, self.warmup, self.floor)
+
+
+class WSD(Config):
+    """`wsd`, as a recipe gives it."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup: int = Field(default=0, ge=0)  # steps
+    decay: int = Field(gt=0)  # steps
+    floor: float = Field(default=0.1, ge=0, le=1)  # factor at the end
+
+    def factor(self, step: int, steps: int) -> float:
+        """Factor of the peak learning rate for step `step` of `steps`."""
+        return wsd(step, steps, self.warmup, self.decay, self.floor)
+
+
+Schedule = Annotated[Cosine | WSD, Field(discriminator="kind")]
