@@ -53,4 +53,6 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         )
     ranks = {unspell(token): rank for token, rank in vocabulary.items()}
     special_tokens = {token: len(ranks) + i for i, token in enumerate(CONTROL_TOKENS)}
-    return Tokenizer.from_ranks(ranks, special_tokens, chat_template=default_source())
+    tokenizer = Tokenizer.from_ranks(ranks, special_tokens, chat_template=default_source())
+    assert len(tokenizer.merges) == len(ranks) - 256
+    return tokenizer
