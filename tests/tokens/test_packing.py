@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2.tokens import IGNORE, EpochLayout, Piece, lay_epoch, pack
+from qwen2.tokens import EpochLayout, Piece, lay_epoch, pack
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=15)
 
@@ -16,11 +16,11 @@ def documents(lengths: list[int]) -> list[np.ndarray]:
 
 
 def test_two_documents_by_hand() -> None:
-    """A cut document's piece has a true last target; a whole one's end has none."""
+    """Every token is a target; the end of a document is the input before its first token."""
     first, second = np.array([5, 6, 7, 0]), np.array([8, 0])
     batch = pack([Piece(0, 0, 2), Piece(0, 2, 4), Piece(1, 0, 2)], [first, second].__getitem__)
-    assert batch.tokens.tolist() == [5, 6, 7, 0, 8, 0]
-    assert batch.targets.tolist() == [6, 7, 0, IGNORE, 0, IGNORE]
+    assert batch.tokens.tolist() == [0, 5, 6, 7, 0, 8]
+    assert batch.targets.tolist() == [5, 6, 7, 0, 8, 0]
     assert batch.positions.tolist() == [0, 1, 0, 1, 0, 1]
     assert batch.lengths == [2, 2, 2]
 
@@ -47,14 +47,14 @@ def test_an_epoch_cut_anyhow_loses_and_repeats_nothing(
 
     for row, a in zip(rows, range(0, total, width), strict=True):
         assert sum(p.stop - p.start for p in row) == min(width, total - a)
-    assert sorted(batch.tokens.tolist()) == list(range(total))
+    assert sorted(batch.targets.tolist()) == list(range(total))
     in_order = np.concatenate([source[i] for i in layout.order])
-    assert batch.tokens.tolist() == in_order.tolist()
+    assert batch.targets.tolist() == in_order.tolist()
 
 
 @settings(deadline=None)
 @given(LENGTHS, st.integers(0, 9), st.integers(1, 9))
-def test_positions_restart_and_targets_never_cross_documents(
+def test_positions_restart_and_inputs_never_cross_documents(
     lengths: list[int], seed: int, width: int
 ) -> None:
     source = documents(lengths)
@@ -65,10 +65,10 @@ def test_positions_restart_and_targets_never_cross_documents(
 
     assert sum(batch.lengths) == total
     assert batch.positions.tolist() == [i for n in batch.lengths for i in range(n)]
-    last_tokens = {int(document[-1]) for document in source}
+    last_of = {int(document[0]): int(document[-1]) for document in source}
     for token, target in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
-        # Tokens count upwards in a document, so the true target of each but the last is known.
-        assert target == (IGNORE if token in last_tokens else token + 1)
+        # Tokens count upwards in a document, so the true input before each is known.
+        assert token == last_of.get(target, target - 1)
 
 
 def test_order_changes_with_epoch_and_seed_and_is_pinned() -> None:

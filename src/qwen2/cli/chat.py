@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,10 +79,8 @@ def chat(
 
 def _read() -> str | None:
     """A line from the person; None at the end of the input. Ctrl-C only clears the line."""
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history)
-    except ImportError:
-        pass
     while True:
         try:
             return input("> ")

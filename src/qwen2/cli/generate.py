@@ -73,9 +73,7 @@ def generate(
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        ids, _ = ChatTemplate.of(tokenizer).encode(
-            tokenizer, messages, add_generation_prompt=True
-        )
+        ids, _ = ChatTemplate.of(tokenizer).encode(tokenizer, messages, add_generation_prompt=True)
     else:
         # A document begins after the end of another, so an empty prompt is that end.
         ids = tokenizer.encode(text, parse_special=parse_special) or [tokenizer.end_of_text_id]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import qwen2
-from qwen2.cli import chat, generate, score, train
+from qwen2.cli import chat, convert, generate, quickstart, score, tokenizer, train
 from qwen2.common.errors import UserError
 
 app = typer.Typer(
@@ -37,9 +37,13 @@ def options(
     """Options before the command."""
 
 
+app.command()(quickstart.quickstart)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(score.score)
+app.command()(convert.convert)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.command()(convert.convert)
 app.command()(train.train)
 
 

@@ -7,7 +7,7 @@ silently. The resolved recipe is written beside what it made.
 from __future__ import annotations
 
 import difflib
-import types
+import inspect
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,9 +100,7 @@ def _model_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseMod
 
 
 def _models_in(annotation: Any) -> typing.Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if issubclass(annotation, BaseModel):
-            yield annotation
-        return
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
     for argument in typing.get_args(annotation):
         yield from _models_in(argument)

@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 
 def durable_write(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: afterwards it has the old bytes or the new, never a mix.
+    """Replace the file at `path` by `data`: it has the old bytes or the new, never a mix.
 
     Raises:
         UserError: the disk is full or the place cannot be written.

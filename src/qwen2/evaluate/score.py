@@ -31,9 +31,7 @@ class Score:
     bytes: int = 0
 
     def __add__(self, other: Score) -> Score:
-        return Score(
-            self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes
-        )
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     @property
     def bits_per_byte(self) -> float:

@@ -5,6 +5,10 @@ without a gap, and the endless stream is cut into rows every `context` tokens. A
 crosses the end of a row is cut there into pieces, never shortened. Each piece is a document of its
 own to attention: positions restart at 0 and nothing is seen across its start. All functions are
 pure: row r of the stream depends on (lengths, seed, context, r) alone.
+
+Every token of every document is predicted exactly once, from the token before it; before the first
+stands the `<|endoftext|>` that ends documents. So a model learns how documents begin, and to
+complete or to score a text after `<|endoftext|>` is nothing new to it.
 """
 
 from __future__ import annotations
@@ -16,8 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-IGNORE = -100  # target of a token that predicts nothing, as in torch's cross-entropy
 
 
 class Piece(NamedTuple):
@@ -33,9 +35,9 @@ class PackedBatch:
     """Rows of packed pieces, flat; N = rows x context."""
 
     tokens: torch.Tensor
-    """(N,) int64."""
+    """(N,) int64: what the model is given."""
     targets: torch.Tensor
-    """(N,) int64: the token that follows in the document, -100 after a document's last one."""
+    """(N,) int64: what follows each of them."""
     positions: torch.Tensor
     """(N,) int64, from 0 in each piece."""
     lengths: list[int]
@@ -76,22 +78,19 @@ def lay_epoch(lengths: NDArray[np.int64], seed: int, epoch: int) -> EpochLayout:
 def pack(pieces: Iterable[Piece], document: Callable[[int], NDArray[Any]]) -> PackedBatch:
     """Lay `pieces` end to end; `document(i)` gives the token ids (length,) of document i.
 
-    The last token of a piece has the document's next token as its target, so that a cut loses no
-    prediction; at the end of the document there is none.
+    A document ends with its `<|endoftext|>`, which is also the input before its first token.
     """
     pieces = list(pieces)
     lengths = [piece.stop - piece.start for piece in pieces]
     N = sum(lengths)
-    tokens, positions = np.empty(N, np.int64), np.empty(N, np.int64)
-    targets = np.full(N, IGNORE, np.int64)
+    tokens, targets, positions = (np.empty(N, np.int64) for _ in range(3))
     at = 0
     for piece, length in zip(pieces, lengths, strict=True):
-        ids = document(piece.document)
-        following = ids[piece.start + 1 : piece.stop + 1]
-        tokens[at : at + length] = ids[piece.start : piece.stop]
-        targets[at : at + len(following)] = following
-        positions[at : at + length] = np.arange(length)
+        ids, here = document(piece.document), slice(at, at + length)
+        tokens[at] = ids[piece.start - 1]  # at the start of the document, its last: <|endoftext|>
+        tokens[at + 1 : at + length] = ids[piece.start : piece.stop - 1]
+        targets[here] = ids[piece.start : piece.stop]
+        positions[here] = np.arange(length)
         at += length
-    return PackedBatch(
-        torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions), lengths
-    )
+    flat = [torch.from_numpy(array) for array in (tokens, targets, positions)]
+    return PackedBatch(flat[0], flat[1], flat[2], lengths)

@@ -1,0 +1,210 @@
+"""The quickstart's report: one self-contained HTML page, without scripts or outside resources."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from qwen2.common.files import durable_write
+from qwen2.common.plot import bar_chart, line_chart
+
+Results = Mapping[str, Mapping[str, Any]]
+
+STYLE = """
+:root{--ink:#22262e;--paper:#fff;--soft:#667;--line:#dde;--box:#f6f7fa;color-scheme:light dark}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e4e6ea;--paper:#16181d;--soft:#99a;--line:#333844;--box:#1e2129}}
+body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+max-width:52rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
+p.sub{color:var(--soft);margin-top:0}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child{text-align:left}td.best{font-weight:650}
+pre{background:var(--box);padding:.7rem .9rem;border-radius:.4rem;white-space:pre-wrap;
+overflow-wrap:anywhere;font-size:.85rem}pre b{color:#3f6fd8}
+svg{width:100%;height:auto}code{background:var(--box);padding:.1rem .3rem;border-radius:.2rem}
+.tiles{display:flex;flex-wrap:wrap;gap:.8rem}
+.tile{background:var(--box);border-radius:.5rem;padding:.6rem 1rem;flex:1 1 8rem}
+.tile b{display:block;font-size:1.35rem}.tile span{color:var(--soft);font-size:.85rem}
+"""
+
+
+def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
+    """Write report.html into `folder` from the results of the stages."""
+    metrics = read_metrics(folder / results["pretrain"]["metrics"])
+    body = [
+        *_summary(results, recipe, metrics),
+        *_bits(results["evaluate"]),
+        *_curves(metrics),
+        *_samples(results["talk"]["samples"]),
+        *_corpus(results),
+        *_stages(results),
+        *_next(results),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>qwen2 quickstart</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
+    )
+    durable_write(folder / "report.html", page.encode())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a training run's metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def training_lines(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of applied steps."""
+    return [line for line in metrics if "loss" in line]
+
+
+def median_of(lines: Sequence[Mapping[str, Any]], key: str) -> float:
+    """The middle value of a figure."""
+    values = sorted(float(line[key]) for line in lines)
+    return values[len(values) // 2]
+
+
+def mean_bits(results: Results) -> dict[str, float]:
+    """Bits per byte of all kinds together: each kind counts by its bytes."""
+    bits, sizes = results["evaluate"]["bits_per_byte"], results["evaluate"]["bytes"]
+    names = next(iter(bits.values()))
+    total = sum(sizes.values())
+    return {name: sum(bits[k][name] * sizes[k] for k in bits) / total for name in names}
+
+
+def _summary(
+    results: Results, recipe: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    trained, mean, lines = results["pretrain"], mean_bits(results), training_lines(metrics)
+    seconds = sum(float(result["seconds"]) for result in results.values())
+    tiles = {
+        "parameters": f"{trained['parameters'] / 1e6:.2f}M",
+        "tokens trained on": f"{trained['tokens'] / 1e6:.2f}M",
+        "bits per byte, held-out": f"{mean['model']:.3f}",
+        "the same by xz -9": f"{mean['xz -9']:.3f}",
+        "tokens a second": f"{median_of(lines, 'tokens_per_s'):,.0f}",
+        "of the matmul peak (MFU)": f"{median_of(lines, 'mfu'):.0%}",
+        "minutes in all": f"{seconds / 60:.1f}",
+    }
+    shape = recipe["model"]
+    return [
+        "<h1>From raw text to a model that writes</h1>",
+        '<p class="sub">The Qwen2 recipe in miniature: text of this machine, its own tokenizer, '
+        f"a decoder of {shape['num_hidden_layers']} layers and width {shape['hidden_size']}, "
+        "trained from random weights.</p>",
+        '<div class="tiles">',
+        *(f'<div class="tile"><b>{v}</b><span>{k}</span></div>' for k, v in tiles.items()),
+        "</div>",
+    ]
+
+
+def _bits(evaluated: Mapping[str, Any]) -> list[str]:
+    bits: Mapping[str, Mapping[str, float]] = evaluated["bits_per_byte"]
+    names = list(next(iter(bits.values())))
+    rows = []
+    for kind, values in bits.items():
+        best = min(values.values())
+        cells = "".join(
+            f"<td{' class=best' if values[name] == best else ''}>{values[name]:.3f}</td>"
+            for name in names
+        )
+        rows.append(f"<tr><td>{escape(kind)}</td>{cells}<td>{evaluated['bytes'][kind]:,}</td></tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    return [
+        "<h2>Bits per byte on held-out text</h2>",
+        "<p>How many bits it takes to write down a byte of text that was kept out of training: "
+        "the model scores each document alone, the compressors have all of a kind at once.</p>",
+        bar_chart(bits, "bits per byte"),
+        f"<table><tr><th>kind</th>{head}<th>bytes</th></tr>{''.join(rows)}</table>",
+    ]
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = training_lines(metrics)
+    width = max(1, len(lines) // 300)
+    smooth = [
+        (chunk[-1]["step"], sum(line["loss"] for line in chunk) / len(chunk))
+        for chunk in (lines[i : i + width] for i in range(0, len(lines), width))
+    ]
+    held: dict[str, list[tuple[float, float]]] = {}
+    for line in metrics:
+        for kind, value in line.get("evaluation", {}).items():
+            held.setdefault(kind, []).append((line["step"], value))
+    return [
+        "<h2>Training</h2>",
+        line_chart({"training loss": smooth}, "step", "nats per token"),
+        line_chart(held, "step", "held-out bits per byte"),
+    ]
+
+
+def _samples(samples: Sequence[Mapping[str, str]]) -> list[str]:
+    return [
+        "<h2>What it writes</h2>",
+        "<p>The beginning is given, in bold; the rest is drawn from the model.</p>",
+        *(
+            f"<pre><b>{escape(sample['prompt'])}</b>{escape(sample['text'])}</pre>"
+            for sample in samples
+        ),
+    ]
+
+
+def _corpus(results: Results) -> list[str]:
+    tokens = results["shards"]["tokens_by_kind"]
+    ratio = results["tokenizer"]["bytes_per_token"]
+    rows = []
+    for kind, figures in results["collect"]["kinds"].items():
+        if kind not in ratio:
+            continue
+        cells = (
+            f"{figures['train']['documents']:,}",
+            f"{figures['train']['bytes'] / 1e6:.2f}",
+            f"{figures['held_out']['bytes'] / 1e6:.2f}",
+            f"{figures['duplicates']:,}",
+            f"{tokens.get(kind, 0) / 1e6:.2f}",
+            f"{ratio[kind]:.2f}",
+        )
+        data = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows.append(f"<tr><td>{escape(kind)}</td>{data}</tr>")
+    return [
+        "<h2>The text</h2>",
+        "<table><tr><th>kind</th><th>documents</th><th>MB train</th><th>MB held-out</th>"
+        "<th>duplicates removed</th><th>M tokens</th><th>bytes per token</th></tr>"
+        f"{''.join(rows)}</table>",
+    ]
+
+
+def _stages(results: Results) -> list[str]:
+    places = {
+        "collect": "corpus/",
+        "tokenizer": "tokenizer/",
+        "shards": "shards/",
+        "pretrain": "pretrain/ (recipe, metrics, checkpoint)",
+        "evaluate": "stages/evaluate.json",
+        "export": "model/",
+        "talk": "stages/talk.json",
+    }
+    rows = [
+        f"<tr><td>{escape(name)}</td><td>{result['seconds']:.1f}</td>"
+        f"<td>{escape(places.get(name, f'stages/{name}.json'))}</td></tr>"
+        for name, result in results.items()
+    ]
+    return [
+        "<h2>What was done, and where it lies</h2>",
+        f"<table><tr><th>stage</th><th>seconds</th><th>files</th></tr>{''.join(rows)}</table>",
+    ]
+
+
+def _next(results: Results) -> list[str]:
+    model = escape(str(results["export"]["model"]))
+    return [
+        "<h2>Go on from here</h2>",
+        "<p>In the folder of this page:</p>",
+        f"<pre>qwen2 generate {model} -p 'def main(' -n 60 --temperature 0.7\n"
+        f"qwen2 score {model} SOME_FILE.py\n"
+        "qwen2 train pretrain/recipe.yaml steps=5000 out=longer</pre>",
+    ]
