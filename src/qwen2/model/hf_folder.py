@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -106,18 +107,16 @@ def save(
     """
     dtype = dtype or model.dtype
     config = model.config
-    if config.eos_token_id is None:
-        config = config.model_copy(update={"eos_token_id": sorted(tokenizer.stop_ids)})
+    own = [] if config.eos_token_id is None else np.atleast_1d(config.eos_token_id).tolist()
+    generation = {
+        "eos_token_id": sorted(tokenizer.stop_ids.union(own)),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if not own:
+        config = config.model_copy(update={"eos_token_id": tokenizer.eos_id})
     with durable_folder(folder, overwrite=overwrite) as partial:
-        long = str(dtype).removeprefix("torch.")
-        _write_json(partial / "config.json", config.to_hf(long))
-        _write_json(
-            partial / "generation_config.json",
-            {
-                "eos_token_id": config.eos_token_id,
-                "pad_token_id": tokenizer.pad_id,
-            },
-        )
+        _write_json(partial / "config.json", config.to_hf(str(dtype).removeprefix("torch.")))
+        _write_json(partial / "generation_config.json", generation)
         tokenizer.save(partial)
         _save_weights(model, partial, dtype, max_shard_bytes)
 
@@ -139,6 +138,8 @@ def _save_weights(model: Qwen2, folder: Path, dtype: torch.dtype, max_shard_byte
         # One shard at a time is on the CPU in the type of the file.
         part = {name: state[name].to("cpu", dtype).contiguous() for name in names}
         save_file(part, folder / file, metadata={"format": "pt"})
+        # The library makes files that only their owner may read.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
     if len(shards) > 1:
         _write_json(
             folder / INDEX,

@@ -40,9 +40,16 @@ def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tupl
 
     path = locate(name)
     if path.is_dir():
-        return _load_folder(path, dtype, device), Tokenizer.load(path)
-    file = GGUFFile(path)
-    return _load_gguf(file, dtype, device), file.tokenizer()
+        model, tokenizer = _load_folder(path, dtype, device), Tokenizer.load(path)
+    else:
+        file = GGUFFile(path)
+        model, tokenizer = _load_gguf(file, dtype, device), file.tokenizer()
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{path}: token ids up to {tokenizer.vocab_size - 1}, but {model.config.vocab_size} "
+            "embeddings; the tokenizer is another model's"
+        )
+    return model, tokenizer
 
 
 def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Qwen2:
