@@ -92,6 +92,8 @@ class ModelConfig(Config):
             raise UserError(f"{where}: hidden_act {values['hidden_act']!r}, expected 'silu'")
         # transformers 5 moved the base of the rotations into `rope_parameters`.
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{where}: rope_scaling {rope!r}, expected keys and values")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{where}: rope scaling {kind!r} is not supported; remove rope_scaling")

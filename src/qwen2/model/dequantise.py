@@ -85,8 +85,9 @@ def _half(blocks: Tensor, offset: int) -> Tensor:
 
 
 def _words(blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Bytes of every block as int32, (n, words)."""
-    return blocks[:, start:stop].view(torch.int16).contiguous().view(torch.int32)
+    """A copy of some bytes of every block as int32, (n, words)."""
+    halves = blocks[:, start:stop].view(torch.int16)
+    return halves.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def _nibbles(words: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,141 @@
+"""Small checkpoints to load: random models, a tokenizer of single bytes, GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from qwen2.model.config import ModelConfig
+from qwen2.model.decoder import Qwen2
+from qwen2.model.gguf_file import _LAYER, _TOP
+from qwen2.tokenizer import Tokenizer
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Bytes and "ab"; ends as an instruct model does, at <|im_end|>."""
+    return Tokenizer.from_ranks(
+        {bytes([i]): i for i in range(256)} | {b"ab": 256},
+        {token: 257 + i for i, token in enumerate(CONTROL)},
+        eos="<|im_end|>",
+    )
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Qwen2]:
+    """A model whose every parameter is random: norms and biases too."""
+
+    def make(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Qwen2:
+        generator = torch.Generator().manual_seed(3)
+        model = Qwen2(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.1, 0.2, generator=generator)
+        return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def wide(tiny: ModelConfig) -> ModelConfig:
+    """Rows of 256, so that every quantised type's blocks fit into them."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    return tiny.model_copy(update=sizes)
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., dict[str, torch.Tensor]]:
+    return _write_gguf
+
+
+def _write_gguf(
+    path: Path,
+    config: ModelConfig,
+    type_: Type = Type.F32,
+    *,
+    vocabulary: int | None = None,
+    architecture: str = "qwen2",
+    change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Write a random model with matrices of `type_`; returns what gguf's own reader makes of it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _add_vocabulary(writer, vocabulary or config.vocab_size)
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value)
+    rng = np.random.default_rng(0)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Qwen2(config).named_parameters()}
+    arrays = {
+        _gguf_name(name): rng.normal(0.1, 0.2, tuple(shape)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    if change:
+        change(arrays)
+    for name, array in arrays.items():
+        kind = type_ if array.ndim == 2 else Type.F32
+        writer.add_tensor(name, _stored(array, kind, rng), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    published = {_gguf_name(name): name for name in shapes}
+    return {
+        published.get(t.name, t.name): torch.from_numpy(
+            np.array(gguf.quants.dequantize(t.data, t.tensor_type))
+        ).view(tuple(int(n) for n in reversed(t.shape)))
+        for t in gguf.GGUFReader(path).tensors
+    }
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """The vocabulary of `tokenizer` in the GPT-2 spelling, padded to the embedding's rows."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    spelling = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    tokens = [*(spelling[b] for b in range(256)), "ab", *CONTROL]
+    types = [1] * 257 + [3] * 3
+    pads = [f"[PAD{i}]" for i in range(len(tokens), size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens + pads)
+    writer.add_token_types(types + [5] * len(pads))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(259)
+    writer.add_pad_token_id(257)
+    writer.add_chat_template("{{ messages[0].content }}")
+
+
+def _stored(array: np.ndarray, kind: Type, rng: np.random.Generator) -> np.ndarray:
+    """`array` in its type, where the package can quantise to it, else random bytes."""
+    try:
+        return gguf.quants.quantize(array, kind)
+    except NotImplementedError:
+        shape = gguf.quants.quant_shape_to_byte_shape(array.shape, kind)
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def _gguf_name(name: str) -> str:
+    top = {published: short for short, published in _TOP.items()}
+    if name in top:
+        return top[name]
+    _, _, index, rest = name.split(".", 3)
+    module, kind = rest.rsplit(".", 1)
+    layer = {published: short for short, published in _LAYER.items()}
+    return f"blk.{index}.{layer[module]}.{kind}"
