@@ -1,9 +1,9 @@
-"""Cross-entropy from hidden states and the head's weight, chunk by chunk over the rows.
+"""Cross-entropy from hidden states and the head's weight, block by block over the rows.
 
-Logits of a vocabulary of 150k are by far the largest tensors of a training step: N x V in fp32, and
-again for their gradient. Here they exist for one chunk of rows at a time, and the gradients of
-hidden states and weight are computed in the same pass. Equal to `F.cross_entropy` of
-`hidden @ weight.T`, which is the reference of the tests.
+Logits are by far the largest tensors of a training step: N x V, in fp32 too, and again for their
+gradient. Here they exist for one block of rows at a time, in the model's dtype and a few rows of it
+in fp32, and turn into their gradient in place; those of hidden states and weight come from it in
+the same pass. Equal to `F.cross_entropy` of `hidden @ weight.T`, the reference of the tests.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from torch.autograd.function import once_differentiable
 from qwen2.common.errors import UserError
 
 IGNORE = -100
-CHUNK = 512
+BLOCK_BYTES = (
+    1 << 28
+)  # logits at the same time: large blocks add up the weight's gradient less often
+CHUNK_BYTES = 1 << 23  # of them in fp32: small enough to stay in the cache between passes
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, count: int | None = None, chunk: int = CHUNK
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    count: int | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """Sum over the targets' negative log-likelihoods, divided by `count`.
 
@@ -32,7 +39,7 @@ def chunked_cross_entropy(
         count: the divisor. None: the number of targets here, so that the result is their mean. A
             step of several micro-batches gives each the number of targets of all, so that their
             gradients add up to those of the one large batch.
-        chunk: rows whose logits exist at the same time.
+        block: rows whose logits exist at the same time; None: as many as fill `BLOCK_BYTES`.
 
     Returns:
         A scalar in nats, in fp32 (fp64 for fp64 input).
@@ -48,9 +55,11 @@ def chunked_cross_entropy(
         raise UserError("loss: every target is -100; the batch has nothing to predict")
     if here < len(targets):
         hidden, targets = hidden[wanted], targets[wanted]
+    if block is None:
+        block = max(1, BLOCK_BYTES // (weight.itemsize * weight.shape[0]))
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, count, chunk, with_gradient
+        hidden, weight, targets, count, block, with_gradient
     )
     return loss
 
@@ -65,21 +74,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         count: int,
-        chunk: int,
+        block: int,
         with_gradient: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight, dtype=wide) if with_gradient else None
-        for first in range(0, len(hidden), chunk):
-            part = slice(first, first + chunk)
-            loss, error = _rows(hidden[part] @ weight.T, targets[part], wide)
-            total += loss
-            if weight_grad is not None:
-                torch.mm(error, weight, out=hidden_grad[part])
-                weight_grad += error.T @ hidden[part]
-        if weight_grad is not None:
+        weight_grad: Tensor | None = None
+        for first in range(0, len(hidden), block):
+            part = slice(first, first + block)
+            logits = hidden[part] @ weight.T  # (block, V)
+            total += _losses_and_errors(logits, targets[part], wide)
+            if with_gradient:
+                torch.mm(logits, weight, out=hidden_grad[part])
+                product = logits.T @ hidden[part]  # (V, C)
+                weight_grad = product if weight_grad is None else weight_grad.to(wide) + product
+        if with_gradient and weight_grad is not None:
             ctx.save_for_backward(hidden_grad.div_(count), weight_grad.div_(count).to(weight.dtype))
         return total / count
 
@@ -90,12 +100,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_grad * grad, weight_grad * grad, None, None, None, None
 
 
-def _rows(logits: Tensor, targets: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk and its gradient (rows, V) with respect to the logits."""
-    at = targets[:, None]
-    top, top_at = logits.max(dim=-1, keepdim=True)
-    p = torch.softmax(logits, dim=-1, dtype=wide)
-    # The largest probability is at least 1/V, so its logarithm is safe where the target's is not.
-    losses = (top - logits.gather(1, at)).to(wide) - p.gather(1, top_at).log()
-    p.scatter_add_(1, at, torch.full_like(losses, -1.0))
-    return losses.sum(), p.to(logits.dtype)
+def _losses_and_errors(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
+    """The summed loss of logits (rows, V), which become its gradient with respect to them."""
+    total = torch.zeros((), dtype=wide, device=logits.device)
+    chunk = max(1, CHUNK_BYTES // (wide.itemsize * logits.shape[1]))
+    for part, at in zip(logits.split(chunk), targets[:, None].split(chunk), strict=True):
+        log_p = torch.log_softmax(part, dim=-1, dtype=wide)
+        total -= log_p.gather(1, at).sum()
+        error = log_p.exp_()
+        error.scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
+        part.copy_(error)
+    return total
