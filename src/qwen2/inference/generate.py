@@ -66,8 +66,8 @@ class Sequence:
         context = model.config.max_position_embeddings
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
-        if not all(0 <= token < model.config.vocab_size for token in prompt):
-            raise UserError(f"the prompt has ids beyond the model's {model.config.vocab_size}")
+        if not all(0 <= token < tokenizer.vocab_size for token in prompt):
+            raise UserError(f"the prompt has ids beyond the tokenizer's {tokenizer.vocab_size}")
         if len(prompt) >= context:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens and the model's context {context}; "
@@ -77,6 +77,7 @@ class Sequence:
         self.output: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.text = TextStream(tokenizer, params.stop)
+        self._ids = tokenizer.vocab_size  # further rows of the head are padding, without text
         self._stop_ids = frozenset() if params.ignore_eos else stop_ids(model, tokenizer)
         self._room = min(params.max_tokens, context - len(prompt))
         self._generator = params.generator()
@@ -97,7 +98,7 @@ class Sequence:
 
     def draw(self, logits: torch.Tensor) -> str:
         """Draw the next token from logits (V,); the text that it completes."""
-        token = sample(logits, self.prompt + self.output, self.params, self._generator)
+        token = sample(logits[: self._ids], self.prompt + self.output, self.params, self._generator)
         self.output.append(token)
         self._pending = [token]
         if token in self._stop_ids:

@@ -1,0 +1,119 @@
+"""The quickstart on a few kilobytes: every stage, the page, and the exported model."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from qwen2.common.errors import UserError
+from qwen2.common.recipes import find_recipe
+from qwen2.model.attention import PackedAttention
+from qwen2.model.hub import load
+from qwen2.pipeline import quickstart
+from qwen2.pipeline.quickstart import STAGES, QuickRun, QuickstartRecipe, terminal_summary
+from qwen2.pipeline.stages import run_stages
+
+SMALL = [
+    "minutes=5",
+    "max_steps=6",
+    "corpus.megabytes={code: 0.4, docstrings: 0.2, reference: 0.2, prose: 0.3, multilingual: 0.2}",
+    "vocab_size=600",
+    "tokenizer_megabytes=0.4",
+    "model.vocab_size=640",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_hidden_layers=2",
+    "context=64",
+    "rows=2",
+    "evaluated_kilobytes=4",
+    "watched_kilobytes=1",
+    "reserve_seconds=0",
+]
+
+
+def recipe(*overrides: str) -> QuickstartRecipe:
+    return QuickstartRecipe.load(find_recipe("quickstart"), [*SMALL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
+    return run_stages(STAGES, tmp_path_factory.mktemp("quick") / "run", recipe())
+
+
+def test_every_stage_leaves_its_result(run: QuickRun) -> None:
+    assert list(run.results) == [stage.name for stage in STAGES]
+    assert run.results["pretrain"]["steps"] == 6
+    bits = run.results["evaluate"]["bits_per_byte"]
+    assert set(bits) == set(run.results["evaluate"]["bytes"]) >= {"code", "docstrings"}
+    assert all(0 < value < 20 for values in bits.values() for value in values.values())
+
+
+class Page(html.parser.HTMLParser):
+    """What a page fetches or runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.resources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.resources += [v or "" for k, v in attrs if k in ("src", "href", "data")]
+
+
+def test_the_report_is_one_page_without_scripts_or_resources(run: QuickRun) -> None:
+    text = (run.folder / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert not page.resources
+    assert page.tags.count("svg") == 3
+    assert "url(" not in text
+    assert "xz -9" in text
+
+
+def test_markup_in_the_model_s_words_is_shown_not_run(run: QuickRun, tmp_path: Path) -> None:
+    results = json.loads(json.dumps(run.results))
+    results["talk"]["samples"][0]["text"] = "<script>alert(1)</script>"
+    metrics = run.folder / results["pretrain"]["metrics"]
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / results["pretrain"]["metrics"]).write_bytes(metrics.read_bytes())
+    quickstart.write_report(tmp_path, results, run.recipe.model_dump(mode="json"))
+    assert "<script" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_terminal_gets_one_screenful(run: QuickRun) -> None:
+    lines = terminal_summary(run).splitlines()
+    assert len(lines) <= 24
+    assert any("zstd -19" in line for line in lines)
+
+
+@torch.no_grad()
+def test_transformers_loads_the_export_with_equal_logits(run: QuickRun) -> None:
+    folder = run.folder / "model"
+    model, tokenizer = load(folder, dtype="fp32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = "def main():\n    return 'écriture'\n"
+    ids = tokenizer.encode(text)
+    assert transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == ids
+    tokens = torch.tensor(ids)
+    ours = model(tokens, torch.arange(len(ids)), PackedAttention([len(ids)]))
+    torch.testing.assert_close(ours, theirs(tokens[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_start_does_nothing_again(run: QuickRun) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+    again = run_stages(STAGES, run.folder, recipe())
+    assert again.results == run.results
+    assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()}
+
+
+def test_too_little_time_is_said_before_training(run: QuickRun, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"minutes 0\.01: .* give more minutes"):
+        run_stages(STAGES, tmp_path / "run", recipe("minutes=0.01"))
