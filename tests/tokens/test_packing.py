@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2.tokens import EpochLayout, Piece, lay_epoch, pack
+from qwen2.tokens import EpochLayout, Piece, lay_epoch, pack, shuffled
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=15)
 
@@ -78,3 +78,15 @@ def test_order_changes_with_epoch_and_seed_and_is_pinned() -> None:
     assert orders[0] != orders[1] != orders[2] != orders[0]
     # A resumed run relies on this order, whatever the versions of numpy and of this package.
     assert lay_epoch(lengths[:8], 7, 3).order.tolist() == [2, 4, 7, 3, 5, 1, 0, 6]
+
+
+@given(st.integers(1, 300), st.binary(max_size=8))
+def test_shuffling_is_a_permutation(size: int, key: bytes) -> None:
+    assert sorted(shuffled(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_shuffling_depends_on_the_key_and_is_pinned() -> None:
+    order = [shuffled(i, 8, b"0/0") for i in range(8)]
+    assert order != [shuffled(i, 8, b"0/1") for i in range(8)] != list(range(8))
+    assert order == [6, 4, 3, 2, 0, 5, 7, 1]
+    assert 0 <= shuffled(10**12, 2 * 10**12, b"") < 2 * 10**12

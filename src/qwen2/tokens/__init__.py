@@ -1,7 +1,7 @@
 """Token ids on disk and on their way to the model: shards, packing, loader."""
 
 from qwen2.tokens.loader import PackedLoader, TokenSource
-from qwen2.tokens.packing import EpochLayout, PackedBatch, Piece, lay_epoch, pack
+from qwen2.tokens.packing import EpochLayout, PackedBatch, Piece, lay_epoch, pack, shuffled
 from qwen2.tokens.shards import ShardIndex, Shards, tokenize_documents, write_shards
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TokenSource",
     "lay_epoch",
     "pack",
+    "shuffled",
     "tokenize_documents",
     "write_shards",
 ]

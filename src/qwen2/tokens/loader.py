@@ -1,10 +1,10 @@
 """The loader: an endless, deterministic sequence of packed batches that can start anywhere.
 
-Batch s of rank r takes rows [(s·world + r)·rows, (s·world + r + 1)·rows) of the one stream of
-packing.py, so ranks share no row and leave none out. The only state is the next row: resuming is a
-binary search, and a resumed run may have another number of rows or ranks. Each epoch has every
-token exactly once; its last tokens that do not fill a row are carried into a row with the first of
-the next epoch.
+Batch s of rank r takes places [(s·world + r)·rows, (s·world + r + 1)·rows) in the shuffled order of
+the rows of packing.py, so ranks share no row and leave none out. The only state is the next place:
+resuming is a binary search, and a resumed run may have another number of rows or ranks. Each epoch
+has every token exactly once; its last tokens that do not fill a row are carried into a row with the
+first of the next epoch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.common.errors import UserError
-from qwen2.tokens.packing import EpochLayout, PackedBatch, Piece, lay_epoch, pack
+from qwen2.tokens.packing import EpochLayout, PackedBatch, Piece, lay_epoch, pack, shuffled
 
 
 class TokenSource(Protocol):
@@ -60,7 +60,7 @@ class PackedLoader:
         self.rank, self.world_size = rank, world_size
         self.epoch_tokens = int(source.lengths.sum())
         self.row = 0
-        """The next row of the stream that any rank takes."""
+        """The next place in the order of rows that any rank takes."""
         self._layouts: dict[int, EpochLayout] = {}
 
     def __iter__(self) -> Self:
@@ -99,7 +99,13 @@ class PackedLoader:
     def _identity(self) -> dict[str, Any]:
         return {"context": self.context, "seed": self.seed, "shards": self.source.fingerprint}
 
-    def _row_pieces(self, row: int) -> list[Piece]:
+    def _row_pieces(self, place: int) -> list[Piece]:
+        """The pieces of the row at `place`; rows that begin in the same epoch are shuffled."""
+        epoch = place * self.context // self.epoch_tokens
+        first = -(-epoch * self.epoch_tokens // self.context)
+        count = -(-(epoch + 1) * self.epoch_tokens // self.context) - first
+        key = f"{self.seed}/{epoch}".encode()
+        row = first + shuffled(place - first, count, key)
         start, stop = row * self.context, (row + 1) * self.context
         pieces: list[Piece] = []
         while start < stop:
@@ -111,7 +117,7 @@ class PackedLoader:
 
     def _layout(self, epoch: int) -> EpochLayout:
         if epoch not in self._layouts:
-            # A row can straddle two epochs, so the one before is kept too.
-            self._layouts = {e: v for e, v in self._layouts.items() if e == epoch - 1}
+            # A row can straddle two epochs, so a neighbour is kept too.
+            self._layouts = {e: v for e, v in self._layouts.items() if abs(e - epoch) == 1}
             self._layouts[epoch] = lay_epoch(self.source.lengths, self.seed, epoch)
         return self._layouts[epoch]
