@@ -26,7 +26,7 @@ from qwen2.model.attention import PackedAttention
 from qwen2.model.decoder import Qwen2
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
-from qwen2.train.flops import measure_matmul_peak, step_flops
+from qwen2.train.flops import step_flops
 from qwen2.train.loss import IGNORE, chunked_cross_entropy
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.precision import MasterWeights
@@ -86,7 +86,7 @@ def train_step(
     loss = 0.0
     for batch in batches:
         part = batch_loss(model, batch, count)
-        part.backward()  # type: ignore[no-untyped-call]
+        part.backward()
         weights.collect_gradients()
         loss += part.item()
     masters = list(weights.masters.values())
@@ -117,6 +117,8 @@ def batch_loss(model: Qwen2, batch: PackedBatch, count: int | None = None) -> Te
 class Run:
     """A run in folder `out`: resumed from its newest checkpoint, or begun.
 
+    `lr` gives the learning rate of a step; `peak_flops` is what MFU is a share of.
+
     Raises:
         UserError: `out` belongs to another model, or its data changed.
     """
@@ -129,10 +131,12 @@ class Run:
         lr: Callable[[int], float],
         out: Path,
         stage: str,
+        peak_flops: float,
         evaluate: Evaluate | None = None,
     ) -> None:
         self.trainee, self.loader, self.settings, self.lr = trainee, loader, settings, lr
         self.out, self.stage, self.evaluate = out, stage, evaluate
+        self.peak_flops = peak_flops
         self.state = RunState()
         self.checkpoint = newest_checkpoint(out / "checkpoints")
         if self.checkpoint is not None:
@@ -150,11 +154,9 @@ class Run:
         Raises:
             UserError: too many non-finite batches in a row, or the disk is full.
         """
-        device = self.trainee.model.device
-        peak = measure_matmul_peak(self.trainee.model.dtype, device)
         with stop_on_signals() as stopped, Progress(self.stage, steps) as progress:
             while self.state.step < steps and not stopped():
-                line = self._step(peak)
+                line = self._step()
                 progress.update(self.state.step, **{name: line[name] for name in SHOWN})
                 if self._due(self.settings.evaluate_every, steps):
                     self._evaluate()
@@ -181,7 +183,7 @@ class Run:
         )
         self._saved = self.state.step
 
-    def _step(self, peak: float) -> dict[str, Any]:
+    def _step(self) -> dict[str, Any]:
         """One applied step, after passing over batches that are not finite; its metrics line."""
         lr = self.lr(self.state.step)
         for _ in range(self.settings.max_skips):
@@ -207,7 +209,7 @@ class Run:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": round(sum(lengths) / seconds, 1),
-            "mfu": round(flops / seconds / peak, 4),
+            "mfu": round(flops / seconds / self.peak_flops, 4),
             "tokens": self.state.tokens,
         }
         self.metrics.write(line)

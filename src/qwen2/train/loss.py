@@ -89,7 +89,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=hidden_grad[part])
                 product = logits.T @ hidden[part]  # (V, C)
                 weight_grad = product if weight_grad is None else weight_grad.to(wide) + product
-        if with_gradient and weight_grad is not None:
+        if with_gradient:
+            if weight_grad is None:  # no targets here
+                weight_grad = torch.zeros_like(weight)
             ctx.save_for_backward(hidden_grad.div_(count), weight_grad.div_(count).to(weight.dtype))
         return total / count
 

@@ -27,6 +27,7 @@ from qwen2.model.hub import save
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import Shards
+from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.precision import MasterWeights
@@ -116,6 +117,7 @@ def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> Pretra
         lambda step: recipe.optimizer.lr * recipe.schedule.factor(step, recipe.total_steps),
         recipe.out,
         recipe.stage,
+        measure_matmul_peak(trainee.model.dtype, device),
         evaluate,
     )
     finished = run.train(recipe.total_steps)

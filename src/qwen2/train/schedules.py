@@ -19,8 +19,8 @@ def cosine(step: int, steps: int, warmup: int, floor: float) -> float:
     """Warm-up, then half a cosine from 1 to `floor`, which it would reach at step `steps`."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def wsd(step: int, steps: int, warmup: int, decay: int, floor: float) -> float:

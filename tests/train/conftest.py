@@ -1,0 +1,81 @@
+"""A tiny model, a text with something to learn, and a trainee, for the tests of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from qwen2.model.config import ModelConfig
+from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.tokens.loader import PackedLoader
+from qwen2.train.loop import Trainee
+from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.precision import MasterWeights
+
+VOCABULARY = 61
+
+
+class Documents:
+    """Token ids in memory: arithmetic sequences modulo the vocabulary, of mixed lengths."""
+
+    fingerprint = "documents of the tests"
+
+    def __init__(self, count: int = 40) -> None:
+        random = np.random.default_rng(0)
+        lengths = random.integers(3, 50, count)
+        starts = random.integers(0, VOCABULARY, count)
+        self.documents = [
+            (start + 3 * np.arange(length)) % VOCABULARY
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+        self.lengths: NDArray[np.int64] = lengths.astype(np.int64)
+
+    def document(self, number: int, /) -> NDArray[Any]:
+        return self.documents[number]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in one order, and room for whoever else is computing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small() -> ModelConfig:
+    """A model of two layers."""
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def new_loader() -> Callable[..., PackedLoader]:
+    """Makes loaders of 2 x 16 tokens over the same documents."""
+    return lambda rows=2: PackedLoader(Documents(), context=16, rows=rows, seed=3)
+
+
+@pytest.fixture(scope="session")
+def new_trainee(small: ModelConfig) -> Callable[..., Trainee]:
+    """Makes trainees that all start from the same weights."""
+
+    def make(dtype: torch.dtype = torch.float32, lr: float = 1e-2, **changes: Any) -> Trainee:
+        model = Qwen2(small.model_copy(update=changes))
+        init_weights(model, torch.Generator().manual_seed(0))
+        weights = MasterWeights(model, dtype)
+        return Trainee(model, weights, AdamWConfig(lr=lr).build(weights.masters))
+
+    return make

@@ -1,0 +1,199 @@
+"""Recipes, and whole runs of `qwen2 train` in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qwen2.common.errors import UserError
+from qwen2.common.recipes import find_recipe
+from qwen2.model.hub import load
+from qwen2.tokenizer import Tokenizer
+from qwen2.tokens.shards import write_shards
+from qwen2.train.checkpoints import newest_checkpoint
+from qwen2.train.pretrain import PretrainRecipe, pretrain
+
+TEXT = "To see a world in a grain of sand and a heaven in a wild flower. "
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of bytes and shards made by it."""
+    place = tmp_path_factory.mktemp("data")
+    ranks = {bytes([i]): i for i in range(256)}
+    control = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    tokenizer = Tokenizer.from_ranks(ranks, control)
+    tokenizer.save(place / "tokenizer")
+    documents = [("prose", tokenizer.encode(TEXT * n)) for n in (1, 2, 3, 4)]
+    write_shards(
+        place / "shards",
+        documents,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text_id,
+        tokenizer="bytes",
+    )
+    return place
+
+
+@pytest.fixture
+def recipe(data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe of 8 steps, as YAML has it."""
+    return {
+        "stage": "pretrain",
+        "model": {
+            "vocab_size": 272,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        "data": str(data / "shards"),
+        "tokenizer": str(data / "tokenizer"),
+        "out": str(tmp_path / "out"),
+        "context": 32,
+        "rows": 2,
+        "steps": 8,
+        "optimizer": {"lr": 0.01},
+        "schedule": {"kind": "wsd", "warmup": 2, "decay": 3},
+        "checkpoint_every": 3,
+        "threads": 1,
+    }
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_a_run_leaves_metrics_checkpoints_and_a_model(recipe: dict[str, Any]) -> None:
+    asked = PretrainRecipe.parse(recipe)
+    result = pretrain(asked)
+    assert result.finished
+    assert (result.step, result.tokens) == (8, 8 * 64)
+    assert [step for step, _ in losses(asked.out)] == list(range(1, 9))
+    kept = sorted(path.name for path in (asked.out / "checkpoints").iterdir())
+    assert kept == ["step-00000006", "step-00000008"]
+    assert PretrainRecipe.load(asked.out / "recipe.yaml") == asked
+    assert result.model is not None
+    model, tokenizer = load(result.model)
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.encode(TEXT) == Tokenizer.load(asked.tokenizer).encode(TEXT)
+    before = (asked.out / "metrics.jsonl").read_bytes()
+    assert pretrain(asked) == result, "a finished run is left as it is"
+    assert (asked.out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_budget_of_tokens_is_rounded_up_to_steps(recipe: dict[str, Any]) -> None:
+    del recipe["steps"]
+    assert PretrainRecipe.parse(recipe | {"tokens": 129, "accumulation": 2}).total_steps == 2
+    assert PretrainRecipe.parse(recipe | {"tokens": 128, "accumulation": 2}).total_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 100}, "give either steps or tokens"),
+        ({"context": 200_000}, "context exceeds model.max_position_embeddings"),
+        ({"stage": "sft"}, "stage: Input should be 'pretrain'"),
+        ({"lr": 1.0}, "unknown key 'lr'"),
+        ({"optimizer": {"lr": 0}}, "optimizer.lr"),
+        ({"schedule": {"kind": "wsd"}}, "schedule.wsd.decay"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(
+    recipe: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        PretrainRecipe.parse(recipe | change)
+
+
+def test_a_vocabulary_too_small_for_the_shards_is_refused(recipe: dict[str, Any]) -> None:
+    recipe["model"]["vocab_size"] = 100
+    with pytest.raises(UserError, match=r"model.vocab_size 100: the shards .* have"):
+        pretrain(PretrainRecipe.parse(recipe))
+    assert not Path(recipe["out"]).exists()
+
+
+def test_out_of_another_run_is_refused(recipe: dict[str, Any]) -> None:
+    recipe["steps"] = 1
+    pretrain(PretrainRecipe.parse(recipe))
+    with pytest.raises(UserError, match=r"holds a run with another seed \(0, now 1\)"):
+        pretrain(PretrainRecipe.parse(recipe | {"seed": 1}))
+    assert pretrain(PretrainRecipe.parse(recipe | {"keep": 5})).finished
+
+
+def test_recipes_are_found_by_name_and_all_are_valid() -> None:
+    own = sorted((Path(str(files("qwen2"))) / "recipes").glob("*.yaml"))
+    assert own
+    for path in own:
+        assert find_recipe(path.stem) == path
+        if yaml.safe_load(path.read_text()).get("stage") == "pretrain":
+            PretrainRecipe.load(path)
+    with pytest.raises(UserError, match=r"did you mean 'miniature'\?"):
+        find_recipe("minature")
+
+
+def start(recipe: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """`qwen2 train` on `recipe` in a process of its own."""
+    path = folder / "recipe-given.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    program = "from qwen2.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "train", str(path), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until the metrics of a running process have `count` lines."""
+    metrics = out / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_0(recipe: dict[str, Any], tmp_path: Path) -> None:
+    out = Path(recipe["out"])
+    recipe |= {"steps": 100_000, "checkpoint_every": 100_000}
+    process = start(recipe, tmp_path)
+    wait_for_lines(out, 4, process)
+    process.send_signal(signal.SIGTERM)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    result = json.loads(printed)
+    assert not result["finished"]
+    assert "SIGTERM: stopped at step" in said
+    assert newest_checkpoint(out / "checkpoints") == Path(result["checkpoint"])
+    assert len(losses(out)) == result["step"]
+
+
+@pytest.mark.slow
+def test_after_sigkill_the_losses_are_bit_identical(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe |= {"steps": 60, "checkpoint_every": 4}
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    process = start(recipe | {"out": str(killed)}, tmp_path)
+    wait_for_lines(killed, 14, process)
+    process.kill()
+    process.communicate()
+    assert newest_checkpoint(killed / "checkpoints") is not None
+    assert len(losses(killed)) < 60, "it was killed in the middle"
+    for out in (killed, straight):
+        process = start(recipe | {"out": str(out)}, tmp_path)
+        assert process.wait() == 0, process.communicate()[1]
+    assert losses(killed) == losses(straight)
+    assert len(losses(killed)) == 60
