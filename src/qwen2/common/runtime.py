@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from qwen2.common.cores import available_cores as available_cores
@@ -43,3 +45,16 @@ def set_threads(count: int | None) -> int:
             raise UserError(f"threads {count}: at least 1")
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next allocation; without glibc nothing happens.
+
+    It maps every tensor above 32 MiB anew, whose pages the kernel then clears one by one: 8 % of a
+    training step on the CPU. Peak memory is the same; the process gives less back in between.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

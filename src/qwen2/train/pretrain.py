@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 
 from qwen2.common.errors import UserError
-from qwen2.common.runtime import parse_dtype, pick_device, set_threads
+from qwen2.common.runtime import keep_freed_memory, parse_dtype, pick_device, set_threads
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hub import save
@@ -98,6 +98,7 @@ def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> Pretra
             disk is full, or the loss stays non-finite.
     """
     set_threads(recipe.threads)
+    keep_freed_memory()
     device = pick_device(recipe.device)
     shards = Shards(recipe.data)
     tokenizer = Tokenizer.load(recipe.tokenizer)
