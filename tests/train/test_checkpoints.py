@@ -74,7 +74,18 @@ def test_the_newest_good_one_is_used_and_bad_ones_are_named(
     assert "step-00000004/weights.safetensors: its sha256" in said
     assert "step-00000003/optimizer.safetensors: missing" in said
     assert not leftover.exists()
+    # Going on from there, the damaged ones neither stay nor push out what is whole.
+    save(tmp_path, trainee, 3, keep=2)
+    assert newest_checkpoint(tmp_path) == paths[2]
+    assert sorted(tmp_path.iterdir()) == paths[1:3]
+
+
+def test_no_checkpoint_and_no_whole_one_are_not_the_same(tmp_path: Path, trainee: Trainee) -> None:
     assert newest_checkpoint(tmp_path / "nothing") is None
+    assert newest_checkpoint(tmp_path) is None
+    (save(tmp_path, trainee, 1) / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint is whole; remove the folder"):
+        newest_checkpoint(tmp_path)
 
 
 def test_only_the_last_stay(tmp_path: Path, trainee: Trainee) -> None:

@@ -17,13 +17,19 @@ class Progress:
     """`with Progress("train", total=100) as p: p.update(10, loss=2.5)`.
 
     Elsewhere than on a terminal, one JSON object a line, at most one every `interval` seconds and
-    always the last: `{"stage", "done", "total", "elapsed_s", "eta_s", ...figures}`.
+    always the last: `{"stage", "done", "total", "elapsed_s", "eta_s", ...figures}`. `start` is what
+    an earlier process had done.
     """
 
     def __init__(
-        self, stage: str, total: float, stream: TextIO | None = None, interval: float = 5.0
+        self,
+        stage: str,
+        total: float,
+        stream: TextIO | None = None,
+        interval: float = 5.0,
+        start: int = 0,
     ) -> None:
-        self.stage, self.total, self.interval = stage, total, interval
+        self.stage, self.total, self.interval, self.start = stage, total, interval, start
         self.stream = stream or sys.stderr
         self.started = time.monotonic()
         self._last_line = -interval
@@ -38,7 +44,7 @@ class Progress:
                 TextColumn("{task.fields[figures]}"),
                 console=Console(file=self.stream),
             )
-            self._task = self._bar.add_task(stage, total=total, figures="")
+            self._task = self._bar.add_task(stage, total=total, completed=start, figures="")
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -63,7 +69,8 @@ class Progress:
             text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
             self._bar.update(self._task, completed=done, figures=text)
             return
-        eta = elapsed * (self.total - done) / done if done else None
+        here = done - self.start
+        eta = elapsed * (self.total - done) / here if here else None
         self._pending = {
             "stage": self.stage,
             "done": done,

@@ -58,7 +58,9 @@ def save_checkpoint(
     recipe: Config,
     keep: int,
 ) -> Path:
-    """Write `folder`/step-N, then remove all but the `keep` newest checkpoints.
+    """Write `folder`/step-N, then remove all checkpoints but it and the `keep` - 1 before it.
+
+    Those after it are removed too: the run went on from an older one because they were damaged.
 
     Raises:
         UserError: the disk is full; the checkpoints already there are untouched, and named.
@@ -77,21 +79,33 @@ def save_checkpoint(
         last = max(_steps(folder), default=None)
         left = "there is none before it" if last is None else f"the last good one is {last[1]}"
         raise UserError(f"{error}; {left}; make room, then run the same command again") from error
-    for _, old in sorted(_steps(folder))[:-keep]:
-        shutil.rmtree(old)
+    before = sorted((step, path) for step, path in _steps(folder) if step <= state.step)
+    stay = {path for _, path in before[-keep:]}
+    for _, path in list(_steps(folder)):
+        if path not in stay:
+            shutil.rmtree(path)
     return target
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, after removing what a killed process left."""
+    """The newest whole checkpoint in `folder`, after removing what a killed process left.
+
+    None when there are none at all; damaged ones are named and passed over.
+
+    Raises:
+        UserError: all are damaged. Beginning again is not for the program to decide.
+    """
     if not folder.is_dir():
         return None
     remove_leftovers(folder)
-    for _, path in sorted(_steps(folder), reverse=True):
+    found = sorted(_steps(folder), reverse=True)
+    for _, path in found:
         problem = verify_folder(path)
         if problem is None:
             return path
         say(f"checkpoint passed over: {problem}")
+    if found:
+        raise UserError(f"{folder}: no checkpoint is whole; remove the folder to begin again")
     return None
 
 

@@ -154,7 +154,8 @@ class Run:
         Raises:
             UserError: too many non-finite batches in a row, or the disk is full.
         """
-        with stop_on_signals() as stopped, Progress(self.stage, steps) as progress:
+        progress = Progress(self.stage, steps, start=self.state.step)
+        with stop_on_signals() as stopped, progress:
             while self.state.step < steps and not stopped():
                 line = self._step()
                 progress.update(self.state.step, **{name: line[name] for name in SHOWN})

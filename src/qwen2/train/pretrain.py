@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, model_validator
 
 from qwen2.common.errors import UserError
+from qwen2.common.files import remove_leftovers
 from qwen2.common.runtime import keep_freed_memory, parse_dtype, pick_device, set_threads
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
@@ -148,6 +149,7 @@ def build_trainee(recipe: PretrainRecipe, device: torch.device) -> Trainee:
 def _claim(recipe: PretrainRecipe) -> None:
     """Write recipe.yaml into `out`, or check that the one there is of the same run."""
     path = recipe.out / "recipe.yaml"
+    remove_leftovers(recipe.out)
     if path.exists():
         before = PretrainRecipe.load(path)
         old, new = (json.loads(r.model_dump_json(exclude=FREE)) for r in (before, recipe))
