@@ -57,7 +57,7 @@ def saved(qwen: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiktoken_oracle() -> tiktoken.Encoding:
-    """An Encoding straight from the file, with the expression as the report's restatement has it."""
+    """An Encoding straight from the file, by the published expression."""
     lines = (resources.files("qwen2.tokenizer") / "data/qwen.tiktoken").read_bytes().splitlines()
     return tiktoken.Encoding(
         "oracle",
@@ -76,6 +76,15 @@ def huggingface(saved: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(saved)
+
+
+@pytest.fixture(scope="session")
+def real_fields(real_checkpoint: Path) -> dict[str, Any]:
+    """What the real checkpoint's GGUF file says of its tokenizer."""
+    import gguf
+
+    fields = gguf.GGUFReader(real_checkpoint).fields
+    return {name: fields[name].contents() for name in fields if name.startswith("tokenizer.")}
 
 
 @pytest.fixture(scope="session")

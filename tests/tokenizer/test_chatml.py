@@ -15,7 +15,7 @@ from qwen2.tokenizer.chatml import MAX_SOURCE, ChatTemplate
 
 Messages = list[dict[str, Any]]
 
-USER = {"role": "user", "content": "What's 2 < 3 & \"4\" &lt; 5?"}
+USER = {"role": "user", "content": 'What\'s 2 < 3 & "4" &lt; 5?'}
 ANSWER = {"role": "assistant", "content": "True.\n\n- été\n- <b>漢</b>\n"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "text": "é<'\""}}}
 TOOLS: Messages = [
@@ -144,7 +144,8 @@ def test_unmarked_templates_get_the_same_mask(
     assert ChatTemplate(UNMARKED).encode(qwen, messages) == template.encode(qwen, messages)
 
 
-PIECES = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|", "im_end", "|>", "<", "&", "&lt;"] + [
+PIECES = [
+    *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|", "im_end", "|>", "<", "&", "&lt;"),
     *("<tool_call>", "\n", "assistant", "system", "\ufdd0", "<\ufdd0", "<\ufdd1", "{{ 1 }}", "a"),
     *("{% generation %}", "'", '"', "&amp;lt;", "\\", "\x00"),
 ]
@@ -189,10 +190,10 @@ def test_template_tokens_are_parsed_and_message_tokens_are_not(extended: Tokeniz
 
 
 @pytest.mark.real
-def test_equals_the_real_checkpoints_template(real_checkpoint: Any, extended: Tokenizer) -> None:
-    import gguf
-
-    source = gguf.GGUFReader(real_checkpoint).fields["tokenizer.chat_template"].contents()
+def test_equals_the_real_checkpoints_template(
+    real_fields: dict[str, Any], extended: Tokenizer
+) -> None:
+    source = real_fields["tokenizer.chat_template"]
     ours, theirs = ChatTemplate(), ChatTemplate(source)
     for messages in CONVERSATIONS.values():
         with_system = [{"role": "system", "content": "S"}, *messages[messages[0] is not USER :]]
