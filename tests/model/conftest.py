@@ -14,7 +14,6 @@ from gguf import GGMLQuantizationType as Type
 
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
-from qwen2.model.gguf_file import _LAYER, _TOP
 from qwen2.tokenizer import Tokenizer
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -53,8 +52,18 @@ def wide(tiny: ModelConfig) -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def write_gguf() -> Callable[..., dict[str, torch.Tensor]]:
+def write_gguf() -> Callable[..., None]:
     return _write_gguf
+
+
+@pytest.fixture(scope="session")
+def read_gguf() -> Callable[[Path], dict[str, torch.Tensor]]:
+    return _read_gguf
+
+
+@pytest.fixture(scope="session")
+def gguf_name() -> Callable[[str], str]:
+    return _gguf_name
 
 
 def _write_gguf(
@@ -66,8 +75,8 @@ def _write_gguf(
     architecture: str = "qwen2",
     change: Callable[[dict[str, np.ndarray]], None] | None = None,
     extra: dict[str, Any] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Write a random model with matrices of `type_`; returns what gguf's own reader makes of it."""
+) -> None:
+    """Write a random model with matrices of `type_`, by the gguf package's own writer."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -96,12 +105,16 @@ def _write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    published = {_gguf_name(name): name for name in shapes}
+
+
+def _read_gguf(path: Path) -> dict[str, torch.Tensor]:
+    """What the gguf package's own reader makes of a file, by its names."""
+    tensors = gguf.GGUFReader(path).tensors
+    numbers = [np.array(gguf.quants.dequantize(t.data, t.tensor_type)) for t in tensors]
+    shapes = [tuple(int(n) for n in reversed(t.shape)) for t in tensors]
     return {
-        published.get(t.name, t.name): torch.from_numpy(
-            np.array(gguf.quants.dequantize(t.data, t.tensor_type))
-        ).view(tuple(int(n) for n in reversed(t.shape)))
-        for t in gguf.GGUFReader(path).tensors
+        t.name: torch.from_numpy(array).view(shape)
+        for t, array, shape in zip(tensors, numbers, shapes, strict=True)
     }
 
 
@@ -132,10 +145,7 @@ def _stored(array: np.ndarray, kind: Type, rng: np.random.Generator) -> np.ndarr
 
 
 def _gguf_name(name: str) -> str:
-    top = {published: short for short, published in _TOP.items()}
-    if name in top:
-        return top[name]
-    _, _, index, rest = name.split(".", 3)
-    module, kind = rest.rsplit(".", 1)
-    layer = {published: short for short, published in _LAYER.items()}
-    return f"blk.{index}.{layer[module]}.{kind}"
+    """llama.cpp's name of a published one, as the gguf package has it."""
+    module, kind = name.rsplit(".", 1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 80)
+    return f"{names.get_name(module)}.{kind}"

@@ -62,6 +62,7 @@ _SIZES = {
 class GGUFTensor:
     """One tensor of a mapped GGUF file."""
 
+    path: Path
     data: mmap.mmap
     info: TensorInfo
 
@@ -83,16 +84,16 @@ class GGUFTensor:
         return flat.view(self.shape)
 
     def read_rows(self, start: int, out: Tensor) -> None:
-        """Convert or dequantise rows, then let go of their pages."""
+        """Convert or dequantise rows; they are read, not mapped: mapped pages would stay."""
         rows = len(out) if out.ndim > 1 else 1  # a vector is one row of blocks
-        first, size = self.info.offset + start * self.info.row_bytes, rows * self.info.row_bytes
-        if self.dtype is None:
-            raw = torch.frombuffer(self.data, dtype=torch.uint8, count=size, offset=first)
-            out.copy_(dequantise(raw.view(rows, -1), self.info.type).view(out.shape))
-        else:
-            out.copy_(self.mapped()[start : start + len(out)])
-        page = first - first % mmap.PAGESIZE
-        self.data.madvise(mmap.MADV_DONTNEED, page, first + size - page)
+        raw = torch.empty(rows, self.info.row_bytes, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.info.offset + start * self.info.row_bytes)
+            got = file.readinto(raw.numpy().data)
+        if got != raw.numel():
+            raise UserError(f"{self.path}: became shorter while it was read; fetch it again")
+        numbers = dequantise(raw, self.info.type) if self.dtype is None else raw.view(self.dtype)
+        out.copy_(numbers.view(out.shape))
 
 
 class GGUFFile:
@@ -106,12 +107,13 @@ class GGUFFile:
         self.path = path
         data = _map(path)
         header = read_header(path, data)
+        data.madvise(mmap.MADV_DONTNEED)  # the header's pages are done with
         self._fields = header.fields
         architecture = self._field("general.architecture", str)
         if architecture != "qwen2":
             raise UserError(f"{path}: a model of architecture {architecture!r}, expected 'qwen2'")
         self.tensors = {
-            _published_name(name): GGUFTensor(data, info)
+            _published_name(name): GGUFTensor(path, data, info)
             for name, info in header.tensors.items()
             if name not in _IGNORED
         }

@@ -25,7 +25,7 @@ from qwen2.model.decoder import Qwen2
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 18
 """Elements converted at a time: few enough for the cache, enough to hide the calls' cost."""
 
 # Buffers that older versions of transformers saved; they follow from the configuration.
@@ -47,7 +47,7 @@ class StoredTensor(Protocol):
         """The whole tensor as a private mapping of the file; only where `dtype` is not None."""
 
     def read_rows(self, start: int, out: Tensor) -> None:
-        """Fill `out` (rows, ...) with the rows from `start` on, in out's number type."""
+        """Fill `out` (rows, ...) with the rows from `start` on, in out's type, on its device."""
 
 
 def build(
@@ -77,7 +77,7 @@ def build(
     if config.tie_word_embeddings:
         _check_tied(stored, where)
         expected.pop(HEAD, None)
-    state = {name: read(stored[name], dtype, device) for name in expected}
+    state = _read_all(expected, stored, dtype, device)
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
@@ -85,14 +85,25 @@ def build(
     return model
 
 
-def read(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One tensor in `dtype` on `device`; on the CPU in its own type it stays a mapping."""
-    if stored.dtype == dtype:
-        return stored.mapped().to(device)
-    whole = torch.empty(stored.shape, dtype=dtype)
-    for start, rows in _row_blocks(stored.shape):
-        stored.read_rows(start, whole[start : start + rows])
-    return whole.to(device)
+def _read_all(
+    names: Collection[str],
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The tensors in `dtype` on `device`; on the CPU and in their own type they stay mapped."""
+    state = {
+        name: stored[name].mapped().to(device)
+        if stored[name].dtype == dtype
+        else torch.empty(stored[name].shape, dtype=dtype, device=device)
+        for name in names
+    }
+    # All memory that stays has been taken: what conversion takes and returns leaves no holes in it.
+    for name, whole in state.items():
+        if stored[name].dtype != dtype:
+            for start, rows in _row_blocks(stored[name].shape):
+                stored[name].read_rows(start, whole[start : start + rows])
+    return state
 
 
 def _row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:

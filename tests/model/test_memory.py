@@ -1,0 +1,107 @@
+"""Loading needs little more memory than the weights: measured, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from qwen2.model.config import ModelConfig
+from qwen2.model.decoder import Qwen2
+from qwen2.model.hub import save
+from qwen2.tokenizer import Tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"),
+]
+
+# Loads a small model first, so that only the weights of the other one count.
+CHILD = """
+import json, pathlib, sys
+from qwen2.model.hub import load_model
+
+def kilobytes(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+small, path, dtype = sys.argv[1:]
+load_model(small, dtype=dtype)
+before = kilobytes("VmRSS:")
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+model = load_model(path, dtype=dtype)
+loaded = kilobytes("VmHWM:") - before
+weights = sum(p.nbytes for p in model.parameters()) / 1024
+for p in model.parameters():
+    p.detach().sum()
+touched = kilobytes("VmHWM:") - before
+print(json.dumps({"loaded": loaded / weights, "touched": touched / weights}))
+"""
+
+
+def peaks(small: Path, path: Path, dtype: str) -> dict[str, float]:
+    """Peak resident memory over the loaded weights: after loading, and after use of all of them."""
+    command = [sys.executable, "-c", CHILD, str(small), str(path), dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures: dict[str, float] = json.loads(result.stdout)
+    return figures
+
+
+@pytest.fixture(scope="module")
+def middling() -> ModelConfig:
+    """57 million parameters: 114 MB in bf16."""
+    return ModelConfig(
+        vocab_size=32_768,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    middling: ModelConfig,
+    random_model: Callable[..., Qwen2],
+    tokenizer: Tokenizer,
+) -> Path:
+    """A middling and a small checkpoint in bf16."""
+    folder = tmp_path_factory.mktemp("memory")
+    small = middling.model_copy(update={"num_hidden_layers": 1, "vocab_size": 320})
+    for name, config in {"middling": middling, "small": small}.items():
+        save(random_model(config, torch.bfloat16), tokenizer, folder / name)
+    return folder
+
+
+def test_mapped_weights_cost_nothing_until_used(folder: Path) -> None:
+    peak = peaks(folder / "small", folder / "middling", "bf16")
+    assert peak["loaded"] < 0.15
+    assert 0.9 < peak["touched"] < 1.15
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_converted_weights_do_not_keep_their_source(folder: Path, dtype: str) -> None:
+    peak = peaks(folder / "small", folder / "middling", dtype)
+    assert 0.9 < peak["loaded"] <= peak["touched"] < 1.15
+
+
+@pytest.mark.parametrize("type_", [Type.Q8_0, Type.F32], ids=lambda t: t.name)
+def test_gguf_to_bf16(
+    tmp_path: Path,
+    middling: ModelConfig,
+    write_gguf: Callable[..., None],
+    type_: Type,
+) -> None:
+    small = middling.model_copy(update={"num_hidden_layers": 1, "vocab_size": 320})
+    write_gguf(tmp_path / "middling.gguf", middling, type_)
+    write_gguf(tmp_path / "small.gguf", small, type_)
+    peak = peaks(tmp_path / "small.gguf", tmp_path / "middling.gguf", "bf16")
+    assert 0.9 < peak["loaded"] <= peak["touched"] < 1.15
