@@ -55,6 +55,6 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> No
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="something else than a run"):
         run_stages(stages([]), tmp_path, Recipe())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -97,7 +97,7 @@ class Conversation:
     def __init__(
         self, model: Qwen2, tokenizer: Tokenizer, params: SamplingParams, system: str | None
     ) -> None:
-        from qwen2.inference.generate import CachedTokens
+        from qwen2.inference.generation import CachedTokens
         from qwen2.tokenizer.chatml import ChatTemplate
 
         self.template = ChatTemplate.of(tokenizer)

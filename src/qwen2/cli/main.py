@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -11,6 +10,8 @@ import typer
 import qwen2
 from qwen2.cli import chat, convert, generate, quickstart, score, tokenizer, train
 from qwen2.common.errors import UserError
+
+INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
 
 app = typer.Typer(
     help="The whole system of the Qwen2 Technical Report: data, training, evaluation, inference.",
@@ -50,15 +51,20 @@ app.command()(train.train)
 def main() -> None:
     """Entry point: exit 0 when done, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2, error)
-    except KeyboardInterrupt as error:
-        _fail("interrupted", 130, error)
-    except BrokenPipeError:
-        # The reader went away, as `| head` does; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except Exception as error:
+        # What the parser of the command line says of a wrong option; empty when it printed help.
+        if not hasattr(error, "format_message"):
+            raise
+        if not (message := error.format_message()):
+            sys.exit(2)
+        _fail(f"{message} See qwen2 --help.", 2, error)
+    else:
+        if code == INTERRUPTED:
+            print("qwen2: interrupted", file=sys.stderr)
+        sys.exit(code)
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:

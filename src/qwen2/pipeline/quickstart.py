@@ -280,9 +280,9 @@ def _slices(path: Path, total: int) -> dict[str, list[str]]:
     for document in read_documents(path):
         room = share - taken[document.kind]
         if room > 0:
-            text = document.text.encode()[:room].decode(errors="ignore")
-            texts[document.kind].append(text)
-            taken[document.kind] += room
+            data = document.text.encode()[:room]
+            texts[document.kind].append(data.decode(errors="ignore"))
+            taken[document.kind] += len(data)
     return texts
 
 

@@ -83,8 +83,8 @@ def _claim(folder: Path, recipe: Config) -> None:
                 f"{folder}: holds a run of another recipe (see {RECIPE}); choose another --out, "
                 "or the same settings to go on with it"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: not empty and not a run; choose another --out")
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: holds something else than a run; choose another --out")
     else:
         recipe.save(path)
     remove_leftovers(folder)
