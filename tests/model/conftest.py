@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,5 +148,9 @@ def _stored(array: np.ndarray, kind: Type, rng: np.random.Generator) -> np.ndarr
 def _gguf_name(name: str) -> str:
     """llama.cpp's name of a published one, as the gguf package has it."""
     module, kind = name.rsplit(".", 1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 80)
-    return f"{names.get_name(module)}.{kind}"
+    return f"{_gguf_modules().get_name(module)}.{kind}"
+
+
+@cache
+def _gguf_modules() -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 8)

@@ -129,7 +129,7 @@ def test_a_type_asked_for(whole: Path, dtype: str) -> None:
 def test_large_tensors_are_converted_in_blocks_of_rows(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen2.model.weights.BLOCK_ELEMENTS", 1000)  # rows of 64, 112 and 320
+    monkeypatch.setattr("qwen2.model.weights.PLAIN_BLOCK", 1000)  # rows of 64, 112 and 320
     state, original = load_model(whole, dtype="bf16").state_dict(), load_file(whole / SINGLE)
     assert all(torch.equal(tensor, original[name].bfloat16()) for name, tensor in state.items())
 

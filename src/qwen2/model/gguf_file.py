@@ -84,14 +84,12 @@ class GGUFTensor:
         return flat.view(self.shape)
 
     def read_rows(self, start: int, out: Tensor) -> None:
-        """Convert or dequantise rows; they are read, not mapped: mapped pages would stay."""
+        """Convert or dequantise rows; mapped anew, so that their pages leave with the mapping."""
         rows = len(out) if out.ndim > 1 else 1  # a vector is one row of blocks
-        raw = torch.empty(rows, self.info.row_bytes, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.info.offset + start * self.info.row_bytes)
-            got = file.readinto(raw.numpy().data)
-        if got != raw.numel():
-            raise UserError(f"{self.path}: became shorter while it was read; fetch it again")
+        first, size = self.info.offset + start * self.info.row_bytes, rows * self.info.row_bytes
+        before = first % mmap.ALLOCATIONGRANULARITY
+        data = _map(self.path, first - before, before + size)
+        raw = torch.frombuffer(data, dtype=torch.uint8, offset=before).view(rows, -1)
         numbers = dequantise(raw, self.info.type) if self.dtype is None else raw.view(self.dtype)
         out.copy_(numbers.view(out.shape))
 
@@ -182,10 +180,11 @@ class GGUFFile:
         return value
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path, offset: int = 0, size: int = 0) -> mmap.mmap:
+    """A private mapping of `size` bytes from `offset` on, or of the whole file."""
     try:
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 

@@ -38,20 +38,20 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class SafeTensor:
     """One tensor of a safetensors file."""
 
-    file: Path
+    path: Path
+    file: Any  # the open file, whose one mapping its tensors share
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def mapped(self) -> Tensor:
         """A private mapping of the file."""
-        with _open(self.file) as file:
-            tensor: Tensor = file.get_tensor(self.name)
-            return tensor
+        tensor: Tensor = self.file.get_tensor(self.name)
+        return tensor
 
     def read_rows(self, start: int, out: Tensor) -> None:
         """Copy rows; the file is opened anew, so that its pages leave memory with the mapping."""
-        with _open(self.file) as file:
+        with _clear_errors(self.path), safe_open(self.path, framework="pt") as file:
             out.copy_(file.get_slice(self.name)[start : start + len(out)])
 
 
@@ -160,19 +160,20 @@ def _sharded(index: Path) -> dict[str, SafeTensor]:
         for name, tensor in _tensors_of(index.parent / shard).items():
             if name in tensors:
                 raise UserError(
-                    f"{index.parent}: tensor {name!r} is both in {tensors[name].file.name} "
+                    f"{index.parent}: tensor {name!r} is both in {tensors[name].path.name} "
                     f"and in {shard}"
                 )
             tensors[name] = tensor
     for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != shard:
+        if name not in tensors or tensors[name].path.name != shard:
             raise UserError(f"{index}: places {name!r} in {shard!r}, which does not have it")
     return tensors
 
 
 def _tensors_of(path: Path) -> dict[str, SafeTensor]:
     tensors = {}
-    with _open(path) as file:
+    with _clear_errors(path):
+        file: Any = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118 - not a dict
             part = file.get_slice(name)
             dtype = _DTYPES.get(part.get_dtype())
@@ -181,15 +182,14 @@ def _tensors_of(path: Path) -> dict[str, SafeTensor]:
                     f"{path}: tensor {name!r} has type {part.get_dtype()}; "
                     f"known are {', '.join(_DTYPES)}"
                 )
-            tensors[name] = SafeTensor(path, name, tuple(part.get_shape()), dtype)
+            tensors[name] = SafeTensor(path, file, name, tuple(part.get_shape()), dtype)
     return tensors
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def _clear_errors(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(
             f"{path}: not a whole safetensors file: {one_line(error)}; fetch it again"

@@ -25,8 +25,9 @@ from qwen2.model.decoder import Qwen2
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements converted at a time: few enough for the cache, enough to hide the calls' cost."""
+PLAIN_BLOCK, QUANTISED_BLOCK = 1 << 21, 1 << 18
+"""Elements converted at a time: opening a file and calls cost little beside them, and what
+dequantising takes in between stays in the cache."""
 
 # Buffers that older versions of transformers saved; they follow from the configuration.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -101,18 +102,19 @@ def _read_all(
     # All memory that stays has been taken: what conversion takes and returns leaves no holes in it.
     for name, whole in state.items():
         if stored[name].dtype != dtype:
-            for start, rows in _row_blocks(stored[name].shape):
+            for start, rows in _row_blocks(stored[name]):
                 stored[name].read_rows(start, whole[start : start + rows])
     return state
 
 
-def _row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(start, rows) of consecutive blocks of about BLOCK_ELEMENTS elements; a vector is one."""
-    if len(shape) == 1:
-        return [(0, shape[0])]
-    width = max(1, torch.Size(shape[1:]).numel())
-    step = max(1, BLOCK_ELEMENTS // width)
-    return [(start, min(step, shape[0] - start)) for start in range(0, shape[0], step)]
+def _row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
+    """(start, rows) of consecutive blocks; a vector is one."""
+    count, *rest = stored.shape
+    if not rest:
+        return [(0, count)]
+    elements = QUANTISED_BLOCK if stored.dtype is None else PLAIN_BLOCK
+    step = max(1, elements // torch.Size(rest).numel())
+    return [(start, min(step, count - start)) for start in range(0, count, step)]
 
 
 def _meta_module(config: ModelConfig, stored: Collection[str], where: Path) -> Qwen2:
@@ -167,7 +169,7 @@ def _check_tied(stored: Mapping[str, StoredTensor], where: Path) -> None:
     if HEAD not in stored:
         return
     embedding, head = stored[EMBEDDING], stored[HEAD]
-    for start, rows in _row_blocks(embedding.shape):
+    for start, rows in _row_blocks(embedding):
         one, other = torch.empty(2, rows, *embedding.shape[1:])
         embedding.read_rows(start, one)
         head.read_rows(start, other)
