@@ -121,6 +121,7 @@ def peer(connection: Connection, folder: str, rows: list[list[int]]) -> None:
             train_dataset=[{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows],
             callbacks=[TakeTurns()],
         )
+        trainer.remove_callback(transformers.PrinterCallback)  # it would print beside our JSON
         trainer._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(rows)
         losses: list[Any] = []
         step = trainer.training_step

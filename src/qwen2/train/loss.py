@@ -4,10 +4,14 @@ Logits are by far the largest tensors of a training step: N x V, in fp32 too, an
 gradient. Here they exist for one block of rows at a time, in the model's dtype and a few rows of it
 in fp32, and turn into their gradient in place; those of hidden states and weight come from it in
 the same pass. Equal to `F.cross_entropy` of `hidden @ weight.T`, the reference of the tests.
+
+torch's `F.linear_cross_entropy` is not used: for bf16 input its loss is bf16 too (off by 0.01 to
+1.5 nats), and its chunked path is 5 to 40 times slower on the CPU (torch 2.13).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,9 +21,7 @@ from torch.autograd.function import once_differentiable
 from qwen2.common.errors import UserError
 
 IGNORE = -100
-BLOCK_BYTES = (
-    1 << 28
-)  # logits at the same time: large blocks add up the weight's gradient less often
+BLOCK_BYTES = 1 << 28  # of logits at the same time; small blocks add up many weight gradients
 CHUNK_BYTES = 1 << 23  # of them in fp32: small enough to stay in the cache between passes
 
 
@@ -39,7 +41,7 @@ def chunked_cross_entropy(
         count: the divisor. None: the number of targets here, so that the result is their mean. A
             step of several micro-batches gives each the number of targets of all, so that their
             gradients add up to those of the one large batch.
-        block: rows whose logits exist at the same time; None: as many as fill `BLOCK_BYTES`.
+        block: rows whose logits exist at the same time; None: what `BLOCK_BYTES` allow.
 
     Returns:
         A scalar in nats, in fp32 (fp64 for fp64 input).
@@ -56,7 +58,9 @@ def chunked_cross_entropy(
     if here < len(targets):
         hidden, targets = hidden[wanted], targets[wanted]
     if block is None:
-        block = max(1, BLOCK_BYTES // (weight.itemsize * weight.shape[0]))
+        logit_bytes = hidden.shape[0] * weight.shape[0] * weight.itemsize
+        blocks = math.ceil(logit_bytes / BLOCK_BYTES) or 1
+        block = math.ceil(len(hidden) / blocks) or 1  # all of about the same size
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, count, block, with_gradient
@@ -88,7 +92,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if with_gradient:
                 torch.mm(logits, weight, out=hidden_grad[part])
                 product = logits.T @ hidden[part]  # (V, C)
-                weight_grad = product if weight_grad is None else weight_grad.to(wide) + product
+                if weight_grad is None:
+                    weight_grad = product if part.stop >= len(hidden) else product.to(wide)
+                else:
+                    weight_grad += product
         if with_gradient:
             if weight_grad is None:  # no targets here
                 weight_grad = torch.zeros_like(weight)
