@@ -7,16 +7,13 @@ in two processes and take turns, one step each, both with OMP_WAIT_POLICY=passiv
 would slow whoever has its turn. On a machine that others use too, the ratio of processor times is
 the steadier one.
 
-    python benchmarks/training.py [--json] [--rounds 5] [--steps 4]
+    python benchmarks/training.py [--json] [--out FOLDER] [--rounds 5] [--steps 4]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sysconfig
 import tempfile
@@ -26,8 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Before torch, also in the children: it sets OMP_WAIT_POLICY.
-from qwen2.common.cores import available_cores
+# The harness imports qwen2, which sets OMP_WAIT_POLICY: before torch, and so for the children.
+from harness import finish, options, ratios, spread
 
 ROWS, CONTEXT, LR = 8, 512, 3e-4
 SHAPE = {
@@ -147,21 +144,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, min and max."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def hardware() -> str:
-    """The processor's name and the cores in use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name}, {available_cores()} cores"
-
-
 def measure(rounds: int, steps: int) -> dict[str, Any]:
     """Alternate single steps of both sides; a round's figure is the mean of its `steps`."""
     from qwen2.model.config import ModelConfig
@@ -187,24 +169,18 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
                 losses[name] += [t[2] for t in turns]
         memory = {name: connection.recv() for name, connection in sides.items()}
     tokens = ROWS * CONTEXT
-    ratios, cpu_ratios = (
-        [p / o for o, p in zip(clock["ours"], clock["peer"], strict=True)]
-        for clock in (seconds, cpu_seconds)
-    )
     apart = [abs(o - p) for o, p in zip(losses["ours"], losses["peer"], strict=True)]
     return {
         "parameters": config.num_parameters(),
         "tokens_per_second": spread([tokens / s for s in seconds["ours"]]),
         "peer_tokens_per_second": spread([tokens / s for s in seconds["peer"]]),
-        "training_ratio": spread(ratios),
-        "training_cpu_time_ratio": spread(cpu_ratios),
+        "training_ratio": ratios(seconds["peer"], seconds["ours"]),
+        "training_cpu_time_ratio": ratios(cpu_seconds["peer"], cpu_seconds["ours"]),
         "loss_steps": len(apart),
         "loss_max_difference": max(apart),
         "loss_first_last": [losses["ours"][0], losses["ours"][-1]],
         "peak_rss_bytes": memory["ours"],
         "peer_peak_rss_bytes": memory["peer"],
-        "runs": rounds,
-        "hardware": hardware(),
     }
 
 
@@ -238,18 +214,11 @@ def turn(connection: Connection) -> tuple[float, float, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
-    arguments = parser.parse_args()
+    parser = options(__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=4, help="steps of a run")
+    chosen = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    result = measure(arguments.rounds, arguments.steps)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        print(f"{key:24} {value}")
+    finish("training", measure(chosen.rounds, chosen.steps), chosen)
 
 
 if __name__ == "__main__":
