@@ -151,9 +151,7 @@ def test_a_single_row_takes_the_same_values(tiny: ModelConfig) -> None:
         layer = build(tiny).to(dtype).model.layers[0]
         x = torch.randn(2, tiny.hidden_size, generator=torch.Generator().manual_seed(3)).to(dtype)
         for linear in (layer.self_attn.q_proj, layer.mlp.gate_proj):
-            torch.testing.assert_close(
-                linear(x[:1]), linear(x)[:1], atol=tolerance, rtol=tolerance
-            )
+            torch.testing.assert_close(linear(x[:1]), linear(x)[:1], atol=tolerance, rtol=tolerance)
 
 
 @torch.no_grad()

@@ -117,3 +117,32 @@ def test_a_second_start_does_nothing_again(run: QuickRun) -> None:
 def test_too_little_time_is_said_before_training(run: QuickRun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"minutes 0\.01: .* give more minutes"):
         run_stages(STAGES, tmp_path / "run", recipe("minutes=0.01"))
+
+
+def test_a_signal_during_training_stops_the_run_and_it_goes_on(
+    run: QuickRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after SIGTERM: training has saved itself; the second start trains the rest."""
+    from dataclasses import replace
+
+    from qwen2.pipeline.stages import Stopped
+    from qwen2.train.loop import Run
+
+    train, folder = Run.train, tmp_path / "run"
+
+    def interrupted(self: Run, steps: int) -> bool:
+        train(self, 3)
+        self.save()
+        return False
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped, match="saved"):  # noqa: PT012
+        patched.setattr(Run, "train", interrupted)
+        run_stages(STAGES[:4], folder, recipe())
+    resumed = run_stages(STAGES[:4], folder, recipe())
+
+    def losses(some: QuickRun) -> list[float]:
+        path = some.folder / some.results["pretrain"]["metrics"]
+        return [line["loss"] for line in quickstart.read_metrics(path) if "loss" in line]
+
+    assert len(losses(resumed)) == 6
+    assert losses(resumed) == pytest.approx(losses(replace(resumed, folder=run.folder)), rel=1e-3)
