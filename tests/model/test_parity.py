@@ -215,3 +215,49 @@ def test_rotation_by_hand() -> None:
         [angles[0].cos(), -2 * angles[1].sin(), angles[0].sin(), 2 * angles[1].cos()]
     )
     torch.testing.assert_close(rotate(x, (cos, sin))[0, 0], expected, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_projections_change_no_name_and_no_value(tiny: ModelConfig, tied: bool) -> None:
+    model = build(tiny.model_copy(update={"tie_word_embeddings": tied}))
+    tokens = tokens_of(tiny, 20)
+    before, state = alone(model, tokens), {k: v.clone() for k, v in model.state_dict().items()}
+    model.fuse_projections()
+    assert all(layer.self_attn.projections.fused for layer in model.model.layers)
+    torch.testing.assert_close(alone(model, tokens), before, atol=1e-6, rtol=1e-6)
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+@torch.no_grad()
+def test_fused_projections_see_every_later_change(tiny: ModelConfig) -> None:
+    """Weights that change in place are the fused ones; weights that move are noticed."""
+    model, other = build(tiny), build(tiny, seed=5)
+    tokens = tokens_of(tiny, 20)
+    model.fuse_projections()
+    model.load_state_dict(other.state_dict())  # in place
+    assert model.model.layers[0].mlp.projections.fused
+    torch.testing.assert_close(alone(model, tokens), alone(other, tokens), atol=1e-6, rtol=1e-6)
+    model.load_state_dict(build(tiny).state_dict(), assign=True)  # other memory
+    assert not model.model.layers[0].mlp.projections.fused
+    torch.testing.assert_close(
+        alone(model, tokens), alone(build(tiny), tokens), atol=1e-6, rtol=1e-6
+    )
+    model.fuse_projections()
+    wide = model.double()
+    torch.testing.assert_close(
+        alone(wide, tokens), alone(build(tiny).double(), tokens), atol=1e-12, rtol=1e-12
+    )
+
+
+def test_training_a_fused_model_trains_its_parameters(tiny: ModelConfig) -> None:
+    fused, plain = build(tiny), build(tiny)
+    fused.fuse_projections()
+    tokens = tokens_of(tiny, 20)
+    for model in (fused, plain):
+        torch.nn.functional.cross_entropy(alone(model, tokens)[:-1], tokens[1:]).backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-5)

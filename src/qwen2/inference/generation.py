@@ -73,6 +73,7 @@ class Sequence:
                 f"the prompt has {len(prompt)} tokens and the model's context {context}; "
                 "shorten the prompt"
             )
+        model.fuse_projections()
         self.prompt, self.params = list(prompt), params
         self.output: list[int] = []
         self.finish_reason: FinishReason | None = None

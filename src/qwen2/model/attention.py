@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen2.model.config import ModelConfig
-from qwen2.model.linear import Linear
+from qwen2.model.linear import Linear, Projections
 from qwen2.model.rope import Rope, Rotary, rotate
 
 
@@ -90,11 +90,12 @@ class SelfAttention(nn.Module):
         self.k_proj = Linear(C, KD)
         self.v_proj = Linear(C, KD)
         self.o_proj = Linear(C, C, bias=False)
+        self.projections = Projections(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, rotary: Rotary, attention: AttentionContext) -> Tensor:
         """x (N, C) -> (N, C)."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # (N, H or K, D)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (-1, self.head_dim))  # (N, H or K, D)
+            for projected in self.projections(x)
         )
         return self.o_proj(attention.attend(self.layer, q, k, v, rotary).flatten(1))

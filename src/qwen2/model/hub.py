@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +40,11 @@ def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tupl
     from qwen2.tokenizer import Tokenizer
 
     path = locate(name)
-    if path.is_dir():
-        model, tokenizer = _load_folder(path, dtype, device), Tokenizer.load(path)
-    else:
-        file = GGUFFile(path)
-        model, tokenizer = _load_gguf(file, dtype, device), file.tokenizer()
+    file = None if path.is_dir() else GGUFFile(path)
+    with ThreadPoolExecutor(1) as other:  # the one computes while the other reads
+        reading = other.submit(file.tokenizer if file else lambda: Tokenizer.load(path))
+        model = _load_gguf(file, dtype, device) if file else _load_folder(path, dtype, device)
+        tokenizer = reading.result()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{path}: token ids up to {tokenizer.vocab_size - 1}, but {model.config.vocab_size} "

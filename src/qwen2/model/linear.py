@@ -2,22 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` that takes a single row as matrix times vector on the CPU.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, in) times weight (out, in), plus bias -> (N, out).
 
-    One row of a decode step is bound by reading the weight, and torch's matrix-vector product
-    reads it 1.3 to 1.4 times faster than its matrix product does (benchmarks/generation.py).
+    One row of a decode step on the CPU is bound by reading the weight, and torch's matrix-vector
+    product reads it 1.3 to 1.4 times faster than its matrix product does.
     """
+    if x.shape[0] != 1 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mv(weight, x[0])[None]
+    return torch.addmv(bias, weight, x[0])[None]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in) -> (N, out)."""
-        if x.shape[0] != 1 or x.device.type != "cpu" or torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
-        if self.bias is None:
-            return torch.mv(self.weight, x[0])[None]
-        return torch.addmv(self.bias, self.weight, x[0])[None]
+        return linear(x, self.weight, self.bias)
+
+
+class Projections:
+    """Linear layers over the same input, which inference may compute as one.
+
+    Once `fuse` has laid their weights end to end in memory, the layers' own parameters are views of
+    that memory: names, values and size stay, and whoever moves or replaces a parameter afterwards
+    is noticed, for then it lies elsewhere.
+    """
+
+    def __init__(self, *layers: Linear) -> None:
+        self.layers: Sequence[Linear] = layers
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """x (N, in) -> (N, out) of each layer."""
+        if torch.is_grad_enabled() or not self.fused:
+            return [layer(x) for layer in self.layers]
+        assert self.weight is not None
+        joint = linear(x, self.weight, self.bias)
+        return joint.split_with_sizes([layer.out_features for layer in self.layers], dim=-1)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the layers' weights lie where `fuse` has put them."""
+        if self.weight is None:
+            return False
+        places = [layer.weight.data_ptr() for layer in self.layers]
+        rows = [0, *(layer.out_features for layer in self.layers[:-1])]
+        step = self.weight.stride(0) * self.weight.element_size()
+        place = self.weight.data_ptr()
+        for row, actual in zip(rows, places, strict=True):
+            place += row * step
+            if actual != place:
+                return False
+        return True
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Lay the weights end to end, unless they lie so; the layers' parameters become views."""
+        if self.fused:
+            return
+        self.weight = _join([layer.weight for layer in self.layers])
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        self.bias = _join(biases) if biases else None
+
+
+def end_to_end(
+    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Empty tensors in one piece of memory, one after the other along their first dimension."""
+    rows = [shape[0] for shape in shapes]
+    joint = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
+    return list(joint.split(rows))
+
+
+def _join(parameters: Sequence[Tensor]) -> Tensor:
+    first, rows = parameters[0].data, sum(len(parameter) for parameter in parameters)
+    place = first.storage_offset()
+    together = True
+    for parameter in parameters:
+        same = parameter.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        together &= same and parameter.storage_offset() == place and parameter.is_contiguous()
+        place += parameter.numel()
+    if together:
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    joint = torch.cat([parameter.data for parameter in parameters])
+    for parameter, piece in zip(
+        parameters, joint.split([len(parameter) for parameter in parameters]), strict=True
+    ):
+        parameter.data = piece
+    return joint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen2.model.linear import Linear
+from qwen2.model.linear import Linear, Projections
 
 
 class MLP(nn.Module):
@@ -16,7 +16,9 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.projections = Projections(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C) -> (N, C)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.projections(x)
+        return self.down_proj(F.silu(gate) * up)
