@@ -21,13 +21,12 @@ from qwen2.common.cores import available_cores
 ROUNDS = 5
 
 
-def options(description: str, **defaults: Any) -> argparse.ArgumentParser:
+def options(description: str) -> argparse.ArgumentParser:
     """The options that every script has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     parser.add_argument("--out", type=Path, help="a folder for the dated JSON file")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of runs")
-    parser.set_defaults(**defaults)
     return parser
 
 

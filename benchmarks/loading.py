@@ -11,11 +11,8 @@ tensor by tensor, to bf16.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,27 +21,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from harness import finish, options, ratios, spread
+
 LIMIT = 1.15  # of the weights: the most that a load may take
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default=os.environ.get("QWEN2_REAL_CHECKPOINT"))
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, help="write the JSON object to this file too")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--load", nargs=3, metavar=("WHO", "PATH", "DTYPE"), help="one load")
-    options = parser.parse_args()
-    if options.load:
-        print(json.dumps(load_once(*options.load)))
+    chosen = parser.parse_args()
+    if chosen.load:
+        print(json.dumps(load_once(*chosen.load)))
         return
-    if not options.model:
+    if not chosen.model:
         parser.error("give a GGUF file, or set QWEN2_REAL_CHECKPOINT")
-    figures = measure(options.model, options.rounds)
-    text = json.dumps(figures, indent=None if options.json else 2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    finish("loading", measure(chosen.model, chosen.rounds), chosen)
 
 
 def measure(gguf_file: str, rounds: int) -> dict[str, Any]:
@@ -76,16 +68,12 @@ def measure(gguf_file: str, rounds: int) -> dict[str, Any]:
     ours = [name for name, (who, _, _) in loads.items() if who == "ours"]
     return {
         **{
-            f"{mine}_ratio": spread(
-                b / a for a, b in zip(seconds(mine), seconds(peer), strict=True)
-            )
+            f"{mine}_ratio": ratios(seconds(peer), seconds(mine))  # times: the other way round
             for mine, peer in pairs
         },
         **{f"{name}_seconds": spread(seconds(name)) for name in loads},
         **{f"{name}_peak_over_weights": spread(peaks[name]) for name in loads},
         "within_limit": all(max(peaks[name]) < LIMIT for name in ours),
-        "runs": rounds,
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
 
 
@@ -140,13 +128,6 @@ def kilobytes(key: str) -> int:
     """A figure of this process's memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    values = list(values)
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 3) for name, value in figures.items()}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ it is, without normalisation.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import platform
-import statistics
 import sysconfig
 import tempfile
 import time
@@ -24,25 +21,18 @@ from typing import Any
 import tiktoken
 import tokenizers
 
+from harness import alternate, finish, options, ratios, spread
 from qwen2.common.cores import available_cores
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokenizer.tokenizer import PRE_TOKENS
 
-ROUNDS = 5
 LIMIT = 12_000_000  # characters
 PARAGRAPH = 2_000  # characters of a document
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, help="write the JSON object to this file too")
-    options = parser.parse_args()
-    figures = measure(documents())
-    text = json.dumps(figures, indent=None if options.json else 2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    chosen = options(__doc__.splitlines()[0]).parse_args()
+    finish("tokenizer", measure(documents(), chosen.rounds), chosen)
 
 
 def documents() -> list[str]:
@@ -53,7 +43,7 @@ def documents() -> list[str]:
     return [text[i : i + PARAGRAPH] for i in range(0, len(text), PARAGRAPH)]
 
 
-def measure(texts: list[str]) -> dict[str, Any]:
+def measure(texts: list[str], rounds: int) -> dict[str, Any]:
     """Times and ratios of single-threaded and batch encoding of `texts`."""
     ours = Tokenizer.qwen2()
     plain = tiktoken.Encoding(
@@ -82,17 +72,17 @@ def measure(texts: list[str]) -> dict[str, Any]:
         ("batch_ours", "batch_tiktoken"),
         ("batch_ours", "batch_hf"),
     ]:
-        seconds = alternate([runs[mine], runs[peer]])
-        figures[f"{peer}_ratio"] = spread([theirs / ours for ours, theirs in seconds])
-        for name, column in zip((mine, peer), zip(*seconds, strict=True), strict=True):
-            figures[f"{name}_megabytes_per_second"] = spread([size / s for s in column])
+        speed = alternate(
+            {name: lambda run=runs[name]: size / seconds(run) for name in (mine, peer)}, rounds
+        )
+        figures[f"{peer}_ratio"] = ratios(speed[mine], speed[peer])
+        for name, column in speed.items():
+            figures[f"{name}_megabytes_per_second"] = spread(column)
     return {
         **figures,
         "documents": len(texts),
         "megabytes": round(size, 2),
         "threads": threads,
-        "runs": ROUNDS,
-        "hardware": platform.processor() or platform.machine(),
         "versions": {
             "python": platform.python_version(),
             "tiktoken": tiktoken.__version__,
@@ -101,25 +91,12 @@ def measure(texts: list[str]) -> dict[str, Any]:
     }
 
 
-def alternate(runs: list[Callable[[], Any]]) -> list[list[float]]:
-    """Seconds of each run in each round, after one round to warm up; every other round backwards,
-    so that none always comes after the same one."""
-    rounds = []
-    for number in range(ROUNDS + 1):
-        seconds = [0.0] * len(runs)
-        for i in range(len(runs))[:: 1 if number % 2 else -1]:
-            gc.collect()
-            started = time.perf_counter()
-            runs[i]()
-            seconds[i] = time.perf_counter() - started
-        rounds.append(seconds)
-    return rounds[1:]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 3) for name, value in figures.items()}
+def seconds(run: Callable[[], Any]) -> float:
+    """How long `run` takes, after what was left over is collected."""
+    gc.collect()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
