@@ -243,7 +243,7 @@ def _pretrain_recipe(run: QuickRun, out: Path) -> PretrainRecipe:
             seed=quick.seed,
             checkpoint_every=max(1, steps // 5),
             keep=1,
-            evaluate_every=max(1, steps // 10),
+            evaluate_every=max(1, steps // 8),
         )
 
     available = 60 * quick.minutes - run.seconds - quick.reserve_seconds
@@ -253,7 +253,7 @@ def _pretrain_recipe(run: QuickRun, out: Path) -> PretrainRecipe:
             f"{quick.reserve_seconds:.0f} s are kept for the stages after it; give more minutes"
         )
     seconds = _seconds_per_step(recipe(1))
-    steps = max(1, int(available / seconds))
+    steps = max(1, int(0.9 * available / seconds))  # the machine may slow down meanwhile
     return recipe(min(steps, quick.max_steps or steps))
 
 
@@ -270,7 +270,10 @@ def _seconds_per_step(recipe: PretrainRecipe, timed: int = 5) -> float:
 
 
 def _slices(path: Path, total: int) -> dict[str, list[str]]:
-    """Texts by kind in the file's order, an equal share of `total` bytes for every kind."""
+    """Texts by kind in the file's order: for every kind an equal share of `total` bytes.
+
+    A document gives a sixteenth of its kind's share at most, so that a share is not one book.
+    """
     sizes: dict[str, int] = defaultdict(int)
     for document in read_documents(path):
         sizes[document.kind] += document.size
@@ -278,7 +281,7 @@ def _slices(path: Path, total: int) -> dict[str, list[str]]:
     texts: dict[str, list[str]] = {kind: [] for kind in sizes}
     taken: dict[str, int] = defaultdict(int)
     for document in read_documents(path):
-        room = share - taken[document.kind]
+        room = min(share - taken[document.kind], share // 16)
         if room > 0:
             data = document.text.encode()[:room]
             texts[document.kind].append(data.decode(errors="ignore"))
