@@ -47,7 +47,7 @@ HARMLESS = (
 
 
 def harmless(code: str, name: str) -> Callable[..., Any]:
-    """The function `name` of `code`, when it consists of arithmetic and calls of range and itself."""
+    """The function `name` of `code`, if it is made of arithmetic and calls of range and itself."""
     tree = ast.parse(code)
     for node in ast.walk(tree):
         assert isinstance(node, HARMLESS), ast.dump(node)

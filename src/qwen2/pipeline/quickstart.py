@@ -111,25 +111,21 @@ def pretraining(run: QuickRun) -> dict[str, Any]:
 
     The number of steps is fixed at the first start, so that a resumed run has the same schedule.
     """
-    out = run.folder / "pretrain"
-    if (out / "recipe.yaml").exists():
-        recipe = PretrainRecipe.load(out / "recipe.yaml")
-    else:
-        recipe = _pretrain_recipe(run, out)
+    begun = run.folder / "pretrain" / "recipe.yaml"
+    recipe = PretrainRecipe.load(begun) if begun.exists() else _pretrain_recipe(run)
     coder = Tokenizer.load(recipe.tokenizer)
     watched = _held_out(run, run.recipe.watched_kilobytes)
     result = pretrain(recipe, lambda model: _score_kinds(model, coder, watched, recipe.context))
     if not result.finished:
         raise Stopped("pre-training is saved; run the same command again to go on")
-    assert result.model is not None
     return {
         "steps": result.steps,
         "tokens": result.tokens,
         "skipped": result.skipped,
         "parameters": recipe.model.num_parameters(),
         "step_tokens": recipe.step_tokens,
-        "metrics": str(result.metrics.relative_to(run.folder)),
-        "model": str(result.model.relative_to(run.folder)),
+        "metrics": "pretrain/metrics.jsonl",
+        "model": "pretrain/model",
     }
 
 
@@ -224,16 +220,17 @@ def terminal_summary(run: QuickRun) -> str:
     )
 
 
-def _pretrain_recipe(run: QuickRun, out: Path) -> PretrainRecipe:
+def _pretrain_recipe(run: QuickRun) -> PretrainRecipe:
     """The recipe whose steps fill the time that is left, by the speed of a few steps."""
     quick = run.recipe
+    folder = run.folder.resolve()  # so that the recipe can be run from anywhere
 
     def recipe(steps: int) -> PretrainRecipe:
         return PretrainRecipe(
             model=quick.model,
-            data=run.folder / "shards",
-            tokenizer=run.folder / "tokenizer",
-            out=out,
+            data=folder / "shards",
+            tokenizer=folder / "tokenizer",
+            out=folder / "pretrain",
             context=quick.context,
             rows=quick.rows,
             steps=steps,
