@@ -18,6 +18,7 @@ from qwen2.cli.options import (
     Threads,
     TopK,
     TopP,
+    sampling_params,
 )
 
 if TYPE_CHECKING:
@@ -44,19 +45,15 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves."""
     from qwen2.common.progress import say
     from qwen2.common.runtime import set_threads
-    from qwen2.inference import SamplingParams
     from qwen2.model.hub import load
 
-    params = SamplingParams.parse(
-        {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        },
-        "sampling",
+    params = sampling_params(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
     set_threads(threads)
     conversation = Conversation(*load(model, dtype=dtype, device=device), params, system)

@@ -21,6 +21,7 @@ from qwen2.cli.options import (
     Threads,
     TopK,
     TopP,
+    sampling_params,
 )
 
 
@@ -49,23 +50,20 @@ def generate(
     """Complete raw text, or answer it as a chat message (--chat)."""
     from qwen2.common.errors import UserError
     from qwen2.common.runtime import set_threads
-    from qwen2.inference import Completion, SamplingParams, Sequence, stream
+    from qwen2.inference import Completion, Sequence, stream
     from qwen2.model.hub import load
     from qwen2.tokenizer.chatml import ChatTemplate
 
     if system is not None and not chat:
         raise UserError("--system has no place in raw text; add --chat")
-    params = SamplingParams.parse(
-        {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": tuple(stop or ()),
-        },
-        "sampling",
+    params = sampling_params(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     set_threads(threads)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from qwen2.inference import SamplingParams
 
 Model = Annotated[
     str, typer.Argument(help="A folder in the Hugging Face layout, a .gguf file, or a hub name.")
@@ -20,3 +23,10 @@ TopP = Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest that
 RepetitionPenalty = Annotated[float, typer.Option(help="Over 1 avoids what was said; 1: off.")]
 Seed = Annotated[int | None, typer.Option(help="Draws the same again.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
+
+
+def sampling_params(**values: Any) -> SamplingParams:
+    """The options of sampling, checked; a UserError names the one that cannot be."""
+    from qwen2.inference import SamplingParams
+
+    return SamplingParams.parse(values, "sampling")
