@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,4 +22,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C) -> (N, C)."""
         gate, up = self.projections(x)
-        return self.down_proj(F.silu(gate) * up)
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # fresh memory costs a tenth
