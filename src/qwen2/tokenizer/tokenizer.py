@@ -152,20 +152,13 @@ class Tokenizer:
             return self._encode_share(share)
 
         shares = list(_shares(texts))
-        todo = iter(range(len(shares)))
-        done: list[list[list[int]]] = [[] for _ in shares]
-
-        def work() -> None:
-            for i in todo:
-                done[i] = encode(shares[i])
-
         self._encoding  # noqa: B018 (made here rather than by several threads at once)
-        helpers = max(min(threads or available_cores(), len(shares)) - 1, 0)
-        with ThreadPoolExecutor(helpers or 1) as pool:
-            others = [pool.submit(work) for _ in range(helpers)]
-            work()
-            for other in others:
-                other.result()
+        count = min(threads or available_cores(), len(shares))
+        if count <= 1:
+            done = list(map(encode, shares))
+        else:  # the caller only waits: were it to work beside one thread, both would be as slow
+            with ThreadPoolExecutor(count) as pool:
+                done = list(pool.map(encode, shares))
         return [ids for part in done for ids in part]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
