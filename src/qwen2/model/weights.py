@@ -27,7 +27,7 @@ from qwen2.model.linear import end_to_end
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-PLAIN_BLOCK, QUANTISED_BLOCK = 1 << 21, 1 << 19
+PLAIN_BLOCK, QUANTISED_BLOCK = 1 << 20, 1 << 19
 """Elements converted at a time: opening a file and calls cost little beside them, and what
 dequantising takes in between stays in the cache."""
 
