@@ -146,3 +146,17 @@ def test_a_signal_during_training_stops_the_run_and_it_goes_on(
 
     assert len(losses(resumed)) == 6
     assert losses(resumed) == pytest.approx(losses(replace(resumed, folder=run.folder)), rel=1e-3)
+
+
+def test_a_stage_killed_before_its_result_was_written_is_run_again(
+    run: QuickRun, tmp_path: Path
+) -> None:
+    """Its folder is there already, and whole; what came before it stays."""
+    folder = tmp_path / "run"
+    run_stages(STAGES[:3], folder, recipe())
+    kept = (folder / "corpus" / "manifest.json").stat().st_mtime_ns
+    (folder / "stages" / "tokenizer.json").unlink()
+    (folder / "stages" / "shards.json").unlink()
+    again = run_stages(STAGES[:3], folder, recipe())
+    assert again.results["shards"]["tokens"] == run.results["shards"]["tokens"]
+    assert (folder / "corpus" / "manifest.json").stat().st_mtime_ns == kept

@@ -148,7 +148,7 @@ def export(run: QuickRun) -> dict[str, Any]:
     """The model in the Hugging Face layout, which transformers and vLLM load."""
     model, coder = load(run.folder / run.results["pretrain"]["model"])
     folder = run.folder / "model"
-    save(model, coder, folder, overwrite=True)
+    save(model, coder, folder)
     return {"model": "model", "bytes": sum(p.stat().st_size for p in folder.iterdir())}
 
 
@@ -177,12 +177,12 @@ def report(run: QuickRun) -> dict[str, Any]:
 
 
 STAGES: list[Stage[QuickstartRecipe]] = [
-    Stage("collect", "Collect real text from this machine", collect),
-    Stage("tokenizer", "Train a tokenizer", tokenizer),
-    Stage("shards", "Turn the text into shards of tokens", shards),
+    Stage("collect", "Collect real text from this machine", collect, makes="corpus"),
+    Stage("tokenizer", "Train a tokenizer", tokenizer, makes="tokenizer"),
+    Stage("shards", "Turn the text into shards of tokens", shards, makes="shards"),
     Stage("pretrain", "Pre-train a miniature from random weights", pretraining),
     Stage("evaluate", "Evaluate it on held-out text", evaluation),
-    Stage("export", "Export it in the Hugging Face layout", export),
+    Stage("export", "Export it in the Hugging Face layout", export, makes="model"),
     Stage("talk", "Let it write", talk),
     Stage("report", "Write the report", report),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,13 +43,14 @@ class Run(Generic[C]):
 class Stage(Generic[C]):
     """One step of a run. `work` returns figures that JSON can hold; files go into the folder.
 
-    A stage that is cut short is run again from its beginning, so its files are written durably, or
-    it finds by itself where it was.
+    A stage that is cut short is run again from its beginning: the folder that it `makes` is removed
+    before. One that makes none finds by itself where it was.
     """
 
     name: str
     title: str
     work: Callable[[Run[C]], dict[str, Any]]
+    makes: str | None = None
 
 
 def run_stages(stages: Sequence[Stage[C]], folder: Path, recipe: C) -> Run[C]:
@@ -67,6 +69,8 @@ def run_stages(stages: Sequence[Stage[C]], folder: Path, recipe: C) -> Run[C]:
             say(f"[{number}/{len(stages)}] {stage.title}: done before")
             continue
         say(f"[{number}/{len(stages)}] {stage.title}")
+        if stage.makes:
+            shutil.rmtree(folder / stage.makes, ignore_errors=True)
         started = time.monotonic()
         result = stage.work(run)
         result["seconds"] = round(time.monotonic() - started, 2)
