@@ -184,4 +184,4 @@ def stop_ids(model: Qwen2, tokenizer: Tokenizer) -> frozenset[int]:
     """
     own = model.config.eos_token_id
     ids = {own} if isinstance(own, int) else set(own or ())
-    return frozenset(ids | {tokenizer.end_of_text_id, tokenizer.im_end_id})
+    return tokenizer.stop_ids | ids | {tokenizer.im_end_id}

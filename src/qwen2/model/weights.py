@@ -1,10 +1,10 @@
 """From stored tensors to a module: what every checkpoint format shares.
 
 A format gives each tensor's published name, its shape and a way to read it. Here the names and
-shapes are checked against a module on the meta device, before a byte of data is touched; then the
-tensors are read one by one. A tensor of the wanted number type is a private, copy-on-write mapping
-of its file: it costs no memory until it is used, and writing to it never changes the file. Others
-are converted block of rows by block of rows, so the source never stands in memory as a whole.
+shapes are checked against a module on the meta device, before a byte of data is touched. A tensor
+of the wanted number type is a private, copy-on-write mapping of its file: it costs no memory until
+it is used, and writing to it never changes the file. Others are converted in blocks of rows, a
+thread each, so the source never stands in memory as a whole.
 """
 
 from __future__ import annotations
