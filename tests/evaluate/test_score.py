@@ -12,6 +12,7 @@ from qwen2.evaluate.compressors import compressor_bits_per_byte
 from qwen2.evaluate.score import Score, score_text, token_nats
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.hf_config import config_to_hf
 from qwen2.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_ranks(
@@ -29,7 +30,9 @@ def model(tiny: ModelConfig, generator: torch.Generator) -> Qwen2:
 
 
 def test_bits_and_perplexity_equal_transformers_loss(model: Qwen2) -> None:
-    other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**model.config.to_hf("float32")))
+    other = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**config_to_hf(model.config, "float32"))
+    )
     other.load_state_dict(model.state_dict())
     ids = torch.tensor([[256, *TEXT.encode()]])
     loss = other.eval()(ids, labels=ids).loss.item()  # mean over all but the first

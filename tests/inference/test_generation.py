@@ -15,6 +15,7 @@ from qwen2.inference import Completion, SamplingParams, Sequence, generate, step
 from qwen2.inference.generation import CachedTokens
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.hf_config import config_to_hf
 from qwen2.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_ranks(
@@ -46,7 +47,9 @@ def params(**values: Any) -> SamplingParams:
 
 
 def test_greedy_equals_transformers() -> None:
-    other = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**CONFIG.to_hf("float32")))
+    other = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**config_to_hf(CONFIG, "float32"))
+    )
     other.load_state_dict(MODEL.state_dict())
     for prompt in PROMPTS:
         theirs = other.eval().generate(

@@ -27,6 +27,7 @@ from qwen2.common.runtime import parse_dtype
 from qwen2.model.attention import PackedAttention
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
+from qwen2.model.hf_config import config_to_hf
 from qwen2.model.hub import load, load_config, load_model, save
 from qwen2.tokenizer import Tokenizer
 
@@ -107,7 +108,9 @@ def test_folders_of_transformers_load_here(
     shard: str,
 ) -> None:
     config = shape(tiny, tied)
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config.to_hf("float32")))
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**config_to_hf(config, "float32"))
+    )
     theirs.load_state_dict(random_model(config).state_dict())
     theirs.save_pretrained(tmp_path, max_shard_size=shard)
     tokenizer.save(tmp_path)

@@ -12,6 +12,7 @@ from qwen2.model.attention import PackedAttention, causal_attention
 from qwen2.model.cache import CachedAttention, KVCache
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.hf_config import config_to_hf
 from qwen2.model.rope import Rope, rotate
 
 SHAPES = {
@@ -35,7 +36,7 @@ def build(config: ModelConfig, seed: int = 0) -> Qwen2:
 
 
 def oracle(model: Qwen2) -> transformers.Qwen2ForCausalLM:
-    config = transformers.Qwen2Config(**model.config.to_hf("float32"))
+    config = transformers.Qwen2Config(**config_to_hf(model.config, "float32"))
     other = transformers.Qwen2ForCausalLM(config).eval()
     other.load_state_dict(model.state_dict())
     return other

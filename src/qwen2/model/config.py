@@ -1,7 +1,7 @@
-"""Model shapes: the dense sizes of Table 1 and any miniature (report section 2.2.1).
+"""Model shapes: the five sizes of Table 1 and any miniature (report section 2.2).
 
-Field names are those of the published `config.json`. Counts are closed forms, held against the
-table and against the built module by tests.
+Field names are those of the published `config.json`, which hf_config.py reads and writes. Counts
+are closed forms, held against the table and against the built module by tests.
 """
 
 from __future__ import annotations
@@ -11,9 +11,67 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from qwen2.common.config import Config
-from qwen2.common.errors import UserError
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+PRETRAINED_LENGTH = 32_768
+"""Tokens of the longest context that the published models were trained on (report section 3.2),
+whatever their `max_position_embeddings` says: 131,072 in the base checkpoints."""
+
+
+class Yarn(Config):
+    """Static YARN (Peng et al. 2023; report section 2.2.1): see `rope.yarn_frequencies`."""
+
+    factor: float = Field(ge=1)  # s, by which the context grows
+    original_max_position_embeddings: int = Field(gt=0)  # L0, of training
+    beta_fast: float = Field(default=32.0, gt=0)  # turns within L0 from which a unit stays as it is
+    beta_slow: float = Field(default=1.0, gt=0)  # turns up to which it is slowed by the factor
+    attention_factor: float | None = Field(default=None, gt=0)  # None: 0.1 ln s + 1
+    truncate: bool = True  # round the bounds of the ramp outwards to whole units
+
+
+class DualChunk(Config):
+    """Dual Chunk Attention (An et al. 2024; report section 2.2.1): see dual_chunk.py."""
+
+    chunk_size: int = Field(gt=1)  # C: no relative position is larger
+    local_size: int = Field(gt=0)  # w: distances below it are exact across the start of a chunk
+    original_max_position_embeddings: int | None = Field(default=None, gt=0)
+    """L0, beyond which YARN's temperature sharpens attention; None: it never does."""
+
+    @model_validator(mode="after")
+    def _a_stride_remains(self) -> Self:
+        if self.local_size >= self.chunk_size:
+            raise ValueError("local_size must be smaller than chunk_size")
+        return self
+
+    @property
+    def stride(self) -> int:
+        """L = C - w, tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+
+class SlidingWindow(Config):
+    """Layers whose tokens see only the last `size` tokens, themselves included."""
+
+    size: int = Field(gt=0)
+    layers: tuple[int, ...]
+
+
+class Mixture(Config):
+    """Routed and shared experts in place of the MLP (report section 2.2.2): see moe.py."""
+
+    num_experts: int = Field(gt=0)
+    num_experts_per_tok: int = Field(gt=0)
+    moe_intermediate_size: int = Field(gt=0)  # of each routed expert
+    shared_expert_intermediate_size: int = Field(ge=0)  # of all shared experts together
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = Field(default=0.001, ge=0)
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError("num_experts_per_tok exceeds num_experts")
+        return self
 
 
 class ModelConfig(Config):
@@ -31,6 +89,10 @@ class ModelConfig(Config):
     max_position_embeddings: int = Field(default=131_072, gt=0)
     initializer_range: float = Field(default=0.02, gt=0)
     eos_token_id: int | list[int] | None = None
+    moe: Mixture | None = None  # None: dense, with an MLP of intermediate_size
+    yarn: Yarn | None = None
+    dual_chunk: DualChunk | None = None
+    sliding: SlidingWindow | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -40,6 +102,19 @@ class ModelConfig(Config):
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError("hidden_size / num_attention_heads must be even: rotations pair units")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_extend(self) -> Self:
+        if self.dual_chunk and self.yarn:
+            raise ValueError(
+                "dual_chunk brings YARN's temperature along and leaves the frequencies as they "
+                "are; give it or yarn, not both"
+            )
+        if self.dual_chunk and self.sliding:
+            raise ValueError("dual_chunk and sliding windows exclude each other")
+        if self.sliding and not all(0 <= i < self.num_hidden_layers for i in self.sliding.layers):
+            raise ValueError("sliding.layers names layers beyond num_hidden_layers")
         return self
 
     @property
@@ -52,6 +127,27 @@ class ModelConfig(Config):
         """K·D, the width of all keys of one token."""
         return self.num_key_value_heads * self.head_dim
 
+    @property
+    def trained_length(self) -> int:
+        """L0, tokens of the longest context that the weights were trained on."""
+        if self.yarn:
+            return self.yarn.original_max_position_embeddings
+        if self.dual_chunk and self.dual_chunk.original_max_position_embeddings:
+            return self.dual_chunk.original_max_position_embeddings
+        return min(self.max_position_embeddings, PRETRAINED_LENGTH)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest context that may be used."""
+        if self.yarn:
+            extended = int(self.yarn.factor * self.yarn.original_max_position_embeddings)
+            return max(self.max_position_embeddings, extended)
+        return self.max_position_embeddings
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token of `layer` sees, itself included; None: all before it."""
+        return self.sliding.size if self.sliding and layer in self.sliding.layers else None
+
     def num_parameters(self) -> int:
         """All parameters; a tied embedding counts once."""
         head = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
@@ -59,15 +155,28 @@ class ModelConfig(Config):
 
     def num_non_embedding_parameters(self) -> int:
         """Parameters besides the input embedding and the output head."""
-        C, I, KD = self.hidden_size, self.intermediate_size, self.kv_size  # noqa: E741
+        C, KD = self.hidden_size, self.kv_size
         attention = 2 * C * C + C + 2 * (C * KD + KD)  # q, o; bias on q, k, v only
-        mlp = 3 * C * I
         norms = 2 * C
-        return self.num_hidden_layers * (attention + mlp + norms) + C
+        return self.num_hidden_layers * (attention + self._feed_forward() + norms) + C
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes through: all of them in a dense model."""
-        return self.num_parameters()
+        """Parameters that one token passes through: all but those of experts it is not sent to."""
+        return self.num_parameters() - self._num_idle_parameters()
+
+    def _feed_forward(self) -> int:
+        """Parameters of a layer's MLP, or of its router, experts and shared gate."""
+        C, moe = self.hidden_size, self.moe
+        if moe is None:
+            return 3 * C * self.intermediate_size
+        routed = moe.num_experts * (C + 3 * C * moe.moe_intermediate_size)
+        return routed + 3 * C * moe.shared_expert_intermediate_size + C
+
+    def _num_idle_parameters(self) -> int:
+        if self.moe is None:
+            return 0
+        idle = self.moe.num_experts - self.moe.num_experts_per_tok
+        return self.num_hidden_layers * idle * 3 * self.hidden_size * self.moe.moe_intermediate_size
 
     def kv_bytes_per_token(self, dtype: str = "bf16") -> int:
         """Bytes of keys and values that one token leaves in the cache of all layers."""
@@ -76,52 +185,12 @@ class ModelConfig(Config):
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs for one token at `context` tokens, forward and backward, causal attention.
 
-        6 per parameter that multiplies (the embedding lookup does not), plus 12·C per visible key
-        and layer, of which a causal token sees half the context (PaLM, appendix B).
+        6 per active parameter that multiplies (the embedding lookup does not), plus 12·C per
+        visible key and layer, of which a causal token sees half the context (PaLM, appendix B).
         """
-        matmul = self.num_non_embedding_parameters() + self.vocab_size * self.hidden_size
+        active = self.num_non_embedding_parameters() - self._num_idle_parameters()
+        matmul = active + self.vocab_size * self.hidden_size
         return 6 * matmul + 6 * self.num_hidden_layers * self.hidden_size * context
-
-    @classmethod
-    def from_hf(cls, values: dict[str, Any], where: str = "config.json") -> Self:
-        """Read a published `config.json`; what this code cannot honour is refused, not ignored."""
-        values = dict(values)
-        if values.get("model_type") != "qwen2":
-            raise UserError(f"{where}: model_type {values.get('model_type')!r}, expected 'qwen2'")
-        if values.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act {values['hidden_act']!r}, expected 'silu'")
-        # transformers 5 moved the base of the rotations into `rope_parameters`.
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{where}: rope_scaling {rope!r}, expected keys and values")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{where}: rope scaling {kind!r} is not supported; remove rope_scaling")
-        if values.get("use_sliding_window"):
-            raise UserError(f"{where}: use_sliding_window is not supported; set it to false")
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        known = {key: values[key] for key in cls.model_fields if key in values}
-        config = cls.parse(known, where)
-        if values.get("head_dim") not in (None, config.head_dim):
-            raise UserError(
-                f"{where}: head_dim {values['head_dim']}, but hidden_size / num_attention_heads "
-                f"is {config.head_dim}"
-            )
-        return config
-
-    def to_hf(self, dtype: str) -> dict[str, Any]:
-        """The `config.json` that transformers, vLLM and llama.cpp's converter read."""
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
-            "torch_dtype": dtype,
-            "use_cache": True,
-            **self.model_dump(),
-        }
 
 
 def _published(**shape: Any) -> ModelConfig:
@@ -141,9 +210,17 @@ PUBLISHED: dict[str, ModelConfig] = {
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
         num_attention_heads=28, num_key_value_heads=4,
     ),
+    "57b-a14b": _published(
+        vocab_size=151936, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4,
+        moe=Mixture(
+            num_experts=64, num_experts_per_tok=8, moe_intermediate_size=2560,
+            shared_expert_intermediate_size=8 * 2560,
+        ),
+    ),
     "72b": _published(
         vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, rms_norm_eps=1e-5,
     ),
 }  # fmt: skip
-"""The dense models of Table 1, as their base checkpoints are configured."""
+"""The models of Table 1, as their base checkpoints are configured."""

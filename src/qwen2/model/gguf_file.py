@@ -21,6 +21,7 @@ from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
 from qwen2.model.dequantise import can_dequantise, dequantise
 from qwen2.model.gguf_header import TensorInfo, read_header
+from qwen2.model.hf_config import config_from_hf
 from qwen2.model.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class GGUFFile:
                 f"{self.path}: a vocabulary of {tokens} tokens, but {embedding.shape[0]} embeddings"
             )
         epsilon = np.float32(self._field("qwen2.attention.layer_norm_rms_epsilon", float))
-        return ModelConfig.from_hf(
+        return config_from_hf(
             values
             | {
                 "model_type": "qwen2",

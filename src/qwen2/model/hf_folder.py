@@ -24,6 +24,7 @@ from qwen2.common.errors import UserError
 from qwen2.common.files import durable_folder
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
+from qwen2.model.hf_config import config_from_hf, config_to_hf
 from qwen2.model.weights import HEAD
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def read_config(folder: Path) -> ModelConfig:
         values["eos_token_id"] = _read_json(generation).get(
             "eos_token_id", values.get("eos_token_id")
         )
-    return ModelConfig.from_hf(values, str(folder / "config.json"))
+    return config_from_hf(values, str(folder / "config.json"))
 
 
 def stored_tensors(folder: Path) -> dict[str, SafeTensor]:
@@ -106,6 +107,7 @@ def save(
         UserError: the folder exists and `overwrite` is false, or the disk is full.
     """
     dtype = dtype or model.dtype
+    number_type = str(dtype).removeprefix("torch.")
     config = model.config
     own = [] if config.eos_token_id is None else np.atleast_1d(config.eos_token_id).tolist()
     generation = {
@@ -115,7 +117,7 @@ def save(
     if not own:
         config = config.model_copy(update={"eos_token_id": tokenizer.eos_id})
     with durable_folder(folder, overwrite=overwrite) as partial:
-        _write_json(partial / "config.json", config.to_hf(str(dtype).removeprefix("torch.")))
+        _write_json(partial / "config.json", config_to_hf(config, number_type))
         _write_json(partial / "generation_config.json", generation)
         tokenizer.save(partial)
         _save_weights(model, partial, dtype, max_shard_bytes)
