@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ from qwen2.common.runtime import parse_dtype, pick_device
 from qwen2.model import hf_folder
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
+from qwen2.model.extend import DEFAULT, extend_context
 from qwen2.model.gguf_file import GGUFFile
 from qwen2.model.hf_folder import save
-from qwen2.model.weights import EMBEDDING, build
+from qwen2.model.weights import EMBEDDING, StoredTensor, build
 
 if TYPE_CHECKING:
     from qwen2.tokenizer import Tokenizer
@@ -27,12 +29,20 @@ __all__ = ["load", "load_config", "load_model", "locate", "save"]
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json"]
 
 
-def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tuple[Qwen2, Tokenizer]:
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    context: int | None = None,
+    extend: str = DEFAULT,
+) -> tuple[Qwen2, Tokenizer]:
     """The model and tokenizer of `name`: a folder in HF layout, a .gguf file or a hub name.
 
     `dtype` is fp32, bf16 or fp16; `auto` is the checkpoint's own type for safetensors, and bf16,
     the published type, for GGUF. Parameters already in that type stay mapped from the file, copy
-    on write.
+    on write. `context` makes the model ready for so many tokens; beyond the length that it was
+    trained on `extend` says by what (see extend.py).
 
     Raises:
         UserError: nothing of that name, or a checkpoint that is broken or not of this model.
@@ -43,7 +53,10 @@ def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tupl
     file = None if path.is_dir() else GGUFFile(path)
     with ThreadPoolExecutor(1) as other:  # the one computes while the other reads
         reading = other.submit(file.tokenizer if file else lambda: Tokenizer.load(path))
-        model = _load_gguf(file, dtype, device) if file else _load_folder(path, dtype, device)
+        config = file.config() if file else hf_folder.read_config(path)
+        if context is not None:
+            config = extend_context(config, context, extend)
+        model = _build(file or path, config, dtype, device)
         tokenizer = reading.result()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -56,9 +69,9 @@ def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tupl
 def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Qwen2:
     """The model alone; see `load`."""
     path = locate(name)
-    if path.is_dir():
-        return _load_folder(path, dtype, device)
-    return _load_gguf(GGUFFile(path), dtype, device)
+    source = path if path.is_dir() else GGUFFile(path)
+    config = hf_folder.read_config(path) if isinstance(source, Path) else source.config()
+    return _build(source, config, dtype, device)
 
 
 def load_config(name: str | Path) -> ModelConfig:
@@ -88,17 +101,13 @@ def locate(name: str | Path) -> Path:
         ) from error
 
 
-def _load_folder(folder: Path, dtype: str, device: str) -> Qwen2:
-    config = hf_folder.read_config(folder)
-    tensors = hf_folder.stored_tensors(folder)
-    own = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.bfloat16
-    return build(config, tensors, folder, _choose(dtype, own), pick_device(device))
-
-
-def _load_gguf(file: GGUFFile, dtype: str, device: str) -> Qwen2:
-    chosen = _choose(dtype, torch.bfloat16)
-    return build(file.config(), file.tensors, file.path, chosen, pick_device(device))
-
-
-def _choose(name: str, own: torch.dtype) -> torch.dtype:
-    return own if name == "auto" else parse_dtype(name)
+def _build(source: Path | GGUFFile, config: ModelConfig, dtype: str, device: str) -> Qwen2:
+    """The model of `config` with the weights of a folder or file."""
+    tensors: Mapping[str, StoredTensor]
+    if isinstance(source, Path):
+        where, tensors = source, hf_folder.stored_tensors(source)
+        own = tensors[EMBEDDING].dtype if EMBEDDING in tensors else None
+    else:
+        where, tensors, own = source.path, source.tensors, None
+    chosen = (own or torch.bfloat16) if dtype == "auto" else parse_dtype(dtype)
+    return build(config, tensors, where, chosen, pick_device(device))

@@ -22,7 +22,6 @@ from torch import Tensor
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress, say
-from qwen2.model.attention import PackedAttention
 from qwen2.model.decoder import Qwen2
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -109,7 +108,7 @@ def batch_loss(model: Qwen2, batch: PackedBatch, count: int | None = None) -> Te
     """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean)."""
     device = model.device
     hidden = model.model(
-        batch.tokens.to(device), batch.positions.to(device), PackedAttention(batch.lengths)
+        batch.tokens.to(device), batch.positions.to(device), model.packed(batch.lengths)
     )
     return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count)
 
