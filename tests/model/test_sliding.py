@@ -24,11 +24,10 @@ def build(tiny: ModelConfig, **changes: Any) -> tuple[Qwen2, dict[str, Any]]:
     values = {**config_to_hf(tiny, "float32"), **changes}
     model = Qwen2(config_from_hf(values)).eval()
     init_weights(model, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(
-                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-            )
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model, values
 
 

@@ -50,13 +50,14 @@ def load(
     from qwen2.tokenizer import Tokenizer
 
     path = locate(name)
-    file = None if path.is_dir() else GGUFFile(path)
+    source = _open(path)
+    read = source.tokenizer if isinstance(source, GGUFFile) else lambda: Tokenizer.load(path)
     with ThreadPoolExecutor(1) as other:  # the one computes while the other reads
-        reading = other.submit(file.tokenizer if file else lambda: Tokenizer.load(path))
-        config = file.config() if file else hf_folder.read_config(path)
+        reading = other.submit(read)
+        config = _config(source)
         if context is not None:
             config = extend_context(config, context, extend)
-        model = _build(file or path, config, dtype, device)
+        model = _build(source, config, dtype, device)
         tokenizer = reading.result()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -68,16 +69,13 @@ def load(
 
 def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Qwen2:
     """The model alone; see `load`."""
-    path = locate(name)
-    source = path if path.is_dir() else GGUFFile(path)
-    config = hf_folder.read_config(path) if isinstance(source, Path) else source.config()
-    return _build(source, config, dtype, device)
+    source = _open(locate(name))
+    return _build(source, _config(source), dtype, device)
 
 
 def load_config(name: str | Path) -> ModelConfig:
     """The configuration alone; see `load`. A hub name is fetched whole."""
-    path = locate(name)
-    return hf_folder.read_config(path) if path.is_dir() else GGUFFile(path).config()
+    return _config(_open(locate(name)))
 
 
 def locate(name: str | Path) -> Path:
@@ -99,6 +97,15 @@ def locate(name: str | Path) -> Path:
         raise UserError(
             f"{name}: no such folder here, and not to be had from the hub: {one_line(error)}"
         ) from error
+
+
+def _open(path: Path) -> Path | GGUFFile:
+    """A folder as it is, a file by its reader."""
+    return path if path.is_dir() else GGUFFile(path)
+
+
+def _config(source: Path | GGUFFile) -> ModelConfig:
+    return source.config() if isinstance(source, GGUFFile) else hf_folder.read_config(source)
 
 
 def _build(source: Path | GGUFFile, config: ModelConfig, dtype: str, device: str) -> Qwen2:
