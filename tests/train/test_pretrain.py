@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import yaml
 
 from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
-from qwen2.model.config import PUBLISHED
-from qwen2.model.decoder import Qwen2
+from qwen2.model.config import PUBLISHED, Mixture
+from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hub import load, load_config, save
+from qwen2.pipeline.train import run_recipe
 from qwen2.tokenizer import Tokenizer
 from qwen2.train.checkpoints import newest_checkpoint
 from qwen2.train.pretrain import PretrainRecipe, pretrain
@@ -240,3 +242,33 @@ def test_an_init_that_does_not_fit_is_refused(recipe: dict[str, Any], trained: P
     with pytest.raises(UserError, match="nowhere: no such folder"):
         pretrain(PretrainRecipe.parse(recipe | {"init": "nowhere"}))
     assert not Path(recipe["out"]).exists()
+
+
+def test_a_mixture_goes_in_and_a_mixture_comes_out(
+    recipe: dict[str, Any], trained: Path, tmp_path: Path
+) -> None:
+    """Continued pre-training after upcycling, and its long-context stage."""
+    if find_spec("qwen2.model.moe") is None:
+        pytest.skip("model/moe.py is not there yet: the decoder builds dense layers only")
+    moe = Mixture(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    changes = {"moe": moe, "max_position_embeddings": 32}
+    model = Qwen2(load_config(trained).model_copy(update=changes))
+    init_weights(model, torch.Generator().manual_seed(0))
+    save(model, Tokenizer.load(Path(recipe["tokenizer"])), tmp_path / "mixture")
+    result = pretrain(PretrainRecipe.parse(from_init(recipe, tmp_path / "mixture")))
+    assert result.model is not None
+    assert load_config(result.model) == model.config
+    first, *_, last = (loss for _, loss in losses(Path(recipe["out"])))
+    assert last < first
+    stage = {"stage": "long_context", "context": 64, "out": str(tmp_path / "long")}
+    path = tmp_path / "longer.yaml"
+    path.write_text(yaml.safe_dump(from_init(recipe, result.model) | stage))
+    longer = run_recipe(path)
+    assert longer.model is not None
+    after = load_config(longer.model)
+    assert (after.moe, after.max_position_embeddings) == (moe, 64)

@@ -28,5 +28,7 @@ def train(
         print(json.dumps(dataclasses.asdict(result), default=str))
     elif result.finished:
         print(f"step {result.step} of {result.steps}, {result.tokens:,} tokens: {result.model}")
+        if positions := getattr(result, "positions", None):  # of the long-context stage
+            print(f"perplexity by position: {positions} and {positions.with_suffix('.svg').name}")
     else:
         print(f"stopped at step {result.step} of {result.steps}: {result.checkpoint}")

@@ -69,7 +69,7 @@ def long_context(
     if recipe.context < config.trained_length:
         raise UserError(
             f"context {recipe.context}: {recipe.init} is trained on {config.trained_length} tokens "
-            "already; give at least as many"
+            "already, by its max_position_embeddings; give at least as many"
         )
     shards, tokenizer = open_data(recipe, config, recipe.init)
     claim(recipe)
