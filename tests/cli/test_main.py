@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hub import save
 from qwen2.tokenizer import Tokenizer
+from qwen2.tokens.shards import write_shards
 
 BYTES = Tokenizer.from_ranks(
     {bytes([value]): value for value in range(256)},
@@ -89,6 +91,35 @@ def test_score_prints_one_object(folder: Path, tmp_path: Path) -> None:
     assert 7 < result["bits_per_byte"] < 9  # an untrained model: log2 of 264 or so
 
 
+def test_train_makes_a_context_longer(folder: Path, tmp_path: Path) -> None:
+    """A recipe of stage long_context, from a model and shards to figures and a chart."""
+    text = "And did those feet in ancient time walk upon England's mountains green? "
+    write_shards(
+        tmp_path / "shards",
+        [("verse", BYTES.encode(text * count)) for count in (1, 4)],
+        vocab_size=BYTES.vocab_size, end_of_text=BYTES.end_of_text_id, tokenizer="bytes",
+    )  # fmt: skip
+    model, out = tmp_path / "short", tmp_path / "out"
+    shutil.copytree(folder, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"max_position_embeddings": 64, "rope_theta": 10_000.0}
+    (model / "config.json").write_text(json.dumps(config))
+    recipe = {
+        "stage": "long_context", "init": str(model), "data": str(tmp_path / "shards"),
+        "tokenizer": str(model), "held_out": str(tmp_path / "shards"), "out": str(out),
+        "context": 256, "rows": 1, "steps": 2, "optimizer": {"lr": 1e-3}, "threads": 1,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
+    done = qwen2("train", tmp_path / "recipe.yaml", "steps=3", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["finished"], result["step"], result["tokens"]) == (True, 3, 3 * 256)
+    assert result["positions"] == str(out / "positions.json")
+    assert set(json.loads((out / "positions.json").read_text())) == {"before", "after"}
+    assert (out / "positions.svg").read_text().startswith("<svg ")
+    assert qwen2("score", out / "model", tmp_path / "recipe.yaml", "--json").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +133,8 @@ def test_score_prints_one_object(folder: Path, tmp_path: Path) -> None:
         (["generate", "MODEL", "-p", "x" * 20_001], "20001 tokens"),
         (["score", "MODEL", "missing.txt"], "missing.txt"),
         (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "miniature", "stage=pretrian"], "did you mean 'pretrain'?"),
+        (["train", "long_context", "out=x"], "key 'init' is missing"),
         (["quickstart", "--out", "/dev/null"], "/dev/null"),
         (["nonsense"], "nonsense"),
     ],

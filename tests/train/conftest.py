@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.loader import PackedLoader
+from qwen2.tokens.shards import write_shards
 from qwen2.train.loop import Trainee
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.precision import MasterWeights
 
 VOCABULARY = 61
+TEXT = "To see a world in a grain of sand and a heaven in a wild flower. "
 
 
 class Documents:
@@ -79,3 +83,49 @@ def new_trainee(small: ModelConfig) -> Callable[..., Trainee]:
         return Trainee(model, weights, AdamWConfig(lr=lr).build(weights.masters))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of bytes and shards made by it."""
+    place = tmp_path_factory.mktemp("data")
+    ranks = {bytes([i]): i for i in range(256)}
+    control = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    tokenizer = Tokenizer.from_ranks(ranks, control)
+    tokenizer.save(place / "tokenizer")
+    documents = [("prose", tokenizer.encode(TEXT * n)) for n in (1, 2, 3, 4)]
+    write_shards(
+        place / "shards",
+        documents,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text_id,
+        tokenizer="bytes",
+    )
+    return place
+
+
+@pytest.fixture
+def recipe(data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe of 8 steps, as YAML has it."""
+    return {
+        "stage": "pretrain",
+        "model": {
+            "vocab_size": 272,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        "data": str(data / "shards"),
+        "tokenizer": str(data / "tokenizer"),
+        "out": str(tmp_path / "out"),
+        "context": 32,
+        "rows": 2,
+        "steps": 8,
+        "optimizer": {"lr": 0.01},
+        "schedule": {"kind": "wsd", "warmup": 2, "decay": 3},
+        "checkpoint_every": 3,
+        "threads": 1,
+    }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,59 +20,13 @@ import yaml
 
 from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
-from qwen2.model.hub import load
+from qwen2.model.config import PUBLISHED, Mixture
+from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.hub import load, load_config, save
+from qwen2.pipeline.train import run_recipe
 from qwen2.tokenizer import Tokenizer
-from qwen2.tokens.shards import write_shards
 from qwen2.train.checkpoints import newest_checkpoint
 from qwen2.train.pretrain import PretrainRecipe, pretrain
-
-TEXT = "To see a world in a grain of sand and a heaven in a wild flower. "
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of bytes and shards made by it."""
-    place = tmp_path_factory.mktemp("data")
-    ranks = {bytes([i]): i for i in range(256)}
-    control = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
-    tokenizer = Tokenizer.from_ranks(ranks, control)
-    tokenizer.save(place / "tokenizer")
-    documents = [("prose", tokenizer.encode(TEXT * n)) for n in (1, 2, 3, 4)]
-    write_shards(
-        place / "shards",
-        documents,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text_id,
-        tokenizer="bytes",
-    )
-    return place
-
-
-@pytest.fixture
-def recipe(data: Path, tmp_path: Path) -> dict[str, Any]:
-    """A recipe of 8 steps, as YAML has it."""
-    return {
-        "stage": "pretrain",
-        "model": {
-            "vocab_size": 272,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-        "data": str(data / "shards"),
-        "tokenizer": str(data / "tokenizer"),
-        "out": str(tmp_path / "out"),
-        "context": 32,
-        "rows": 2,
-        "steps": 8,
-        "optimizer": {"lr": 0.01},
-        "schedule": {"kind": "wsd", "warmup": 2, "decay": 3},
-        "checkpoint_every": 3,
-        "threads": 1,
-    }
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -90,7 +46,8 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(recipe: dict[str, Any]) ->
     assert result.model is not None
     model, tokenizer = load(result.model)
     assert model.dtype == torch.bfloat16
-    assert tokenizer.encode(TEXT) == Tokenizer.load(asked.tokenizer).encode(TEXT)
+    text = "To see a world"
+    assert tokenizer.encode(text) == Tokenizer.load(asked.tokenizer).encode(text)
     before = (asked.out / "metrics.jsonl").read_bytes()
     assert pretrain(asked) == result, "a finished run is left as it is"
     assert (asked.out / "metrics.jsonl").read_bytes() == before
@@ -197,3 +154,121 @@ def test_after_sigkill_the_losses_are_bit_identical(recipe: dict[str, Any], tmp_
         assert process.wait() == 0, process.communicate()[1]
     assert losses(killed) == losses(straight)
     assert len(losses(killed)) == 60
+
+
+@pytest.fixture
+def trained(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    """A model to go on from: the export of a run in fp32."""
+    asked = PretrainRecipe.parse(recipe | {"out": str(tmp_path / "first"), "dtype": "fp32"})
+    result = pretrain(asked)
+    assert result.model is not None
+    return result.model
+
+
+def from_init(recipe: dict[str, Any], init: Path) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "model"} | {"init": str(init)}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_goes_on_from_existing_weights(
+    recipe: dict[str, Any], trained: Path, dtype: str
+) -> None:
+    """At a learning rate of next to nothing, what comes out is what went in, rounded or not."""
+    recipe |= {"optimizer": {"lr": 1e-30, "weight_decay": 0}, "steps": 2, "dtype": dtype}
+    result = pretrain(PretrainRecipe.parse(from_init(recipe, trained)))
+    assert result.model is not None
+    before, _ = load(trained)
+    after, _ = load(result.model)
+    assert after.config == before.config
+    for name, parameter in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], parameter.to(after.dtype)), name
+    assert losses(result.model.parent)[0][1] < 4.5, "the first loss is that of a trained model"
+
+
+def test_resumed_from_a_checkpoint_init_no_longer_counts(
+    recipe: dict[str, Any], trained: Path, tmp_path: Path
+) -> None:
+    """Bit-identical to a run without an interruption, though `init` has other weights by then."""
+    recipe = from_init(recipe, trained)
+    straight = pretrain(PretrainRecipe.parse(recipe))
+    assert straight.checkpoint is not None
+    again = tmp_path / "again"
+    asked = PretrainRecipe.parse(recipe | {"out": str(again)})
+    (again / "checkpoints").mkdir(parents=True)
+    earlier = straight.checkpoint.with_name("step-00000006")
+    shutil.copytree(earlier, again / "checkpoints" / earlier.name)
+    shutil.copy(straight.metrics, again)
+    asked.save(again / "recipe.yaml")
+    model, tokenizer = load(trained)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    save(model, tokenizer, trained, overwrite=True)
+    assert pretrain(asked).finished
+    assert losses(again) == losses(Path(recipe["out"]))
+
+
+def test_a_published_size_is_a_shape(recipe: dict[str, Any]) -> None:
+    change = {"model": {"published": "7b", "rope_theta": 10_000.0}}
+    model = PretrainRecipe.parse(recipe | change).model
+    assert model == PUBLISHED["7b"].model_copy(update={"rope_theta": 10_000.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init": "somewhere"}, "give either model .* or init"),
+        ({"model": None}, "give either model .* or init"),
+        ({"model": {"published": "7B"}}, r"no published size '7B'; did you mean '7b'\?"),
+        ({"model": {"published": "7b", "rope_teta": 1}}, "did you mean 'rope_theta'"),
+    ],
+)
+def test_a_recipe_has_one_beginning(
+    recipe: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        PretrainRecipe.parse(recipe | change)
+
+
+def test_an_init_that_does_not_fit_is_refused(recipe: dict[str, Any], trained: Path) -> None:
+    recipe = from_init(recipe, trained)
+    with pytest.raises(UserError, match=r"max_position_embeddings 131072; stage long_context"):
+        pretrain(PretrainRecipe.parse(recipe | {"context": 131_073}))
+    model = Qwen2(load_config(trained).model_copy(update={"vocab_size": 200}))
+    small = trained.with_name("small")
+    save(model, Tokenizer.load(trained), small)
+    with pytest.raises(UserError, match=r"small.vocab_size 200: the shards in .* have 259 ids"):
+        pretrain(PretrainRecipe.parse(recipe | {"init": str(small)}))
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        pretrain(PretrainRecipe.parse(recipe | {"init": "nowhere"}))
+    assert not Path(recipe["out"]).exists()
+
+
+def test_a_mixture_goes_in_and_a_mixture_comes_out(
+    recipe: dict[str, Any], trained: Path, tmp_path: Path
+) -> None:
+    """Continued pre-training after upcycling, and its long-context stage."""
+    if find_spec("qwen2.model.moe") is None:
+        pytest.skip("model/moe.py is not there yet: the decoder builds dense layers only")
+    moe = Mixture(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    changes = {"moe": moe, "max_position_embeddings": 32}
+    model = Qwen2(load_config(trained).model_copy(update=changes))
+    init_weights(model, torch.Generator().manual_seed(0))
+    save(model, Tokenizer.load(Path(recipe["tokenizer"])), tmp_path / "mixture")
+    result = pretrain(PretrainRecipe.parse(from_init(recipe, tmp_path / "mixture")))
+    assert result.model is not None
+    assert load_config(result.model) == model.config
+    first, *_, last = (loss for _, loss in losses(Path(recipe["out"])))
+    assert last < first
+    stage = {"stage": "long_context", "context": 64, "out": str(tmp_path / "long")}
+    path = tmp_path / "longer.yaml"
+    path.write_text(yaml.safe_dump(from_init(recipe, result.model) | stage))
+    longer = run_recipe(path)
+    assert longer.model is not None
+    after = load_config(longer.model)
+    assert (after.moe, after.max_position_embeddings) == (moe, 64)

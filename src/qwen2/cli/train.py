@@ -21,12 +21,14 @@ def train(
     import json
 
     from qwen2.common.recipes import find_recipe
-    from qwen2.train.pretrain import PretrainRecipe, pretrain
+    from qwen2.pipeline.train import run_recipe
 
-    result = pretrain(PretrainRecipe.load(find_recipe(recipe), overrides or []))
+    result = run_recipe(find_recipe(recipe), overrides or [])
     if as_json:
         print(json.dumps(dataclasses.asdict(result), default=str))
     elif result.finished:
         print(f"step {result.step} of {result.steps}, {result.tokens:,} tokens: {result.model}")
+        if positions := getattr(result, "positions", None):  # of the long-context stage
+            print(f"perplexity by position: {positions} and {positions.with_suffix('.svg').name}")
     else:
         print(f"stopped at step {result.step} of {result.steps}: {result.checkpoint}")

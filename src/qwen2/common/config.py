@@ -38,22 +38,31 @@ class Config(BaseModel):
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file and apply `key.sub=value` overrides, whose values are YAML too."""
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such recipe") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: a recipe is a mapping of keys to values")
-        for override in overrides:
-            _apply(values, override)
-        return cls.parse(values, str(path))
+        return cls.parse(read_values(path, overrides), str(path))
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML, durably."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         durable_write(path, text.encode())
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys and values of a YAML file with its overrides, not yet checked against a recipe.
+
+    Raises:
+        UserError: the file is not there, or is not a mapping in YAML; or an override is malformed.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    for override in overrides:
+        _apply(values, override)
+    return values
 
 
 def one_line(error: BaseException) -> str:

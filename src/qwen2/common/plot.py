@@ -6,6 +6,7 @@ Colours come from CSS variables with fallbacks, so that a page can have a dark s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -62,6 +63,12 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
                 f'<text x="{x + width / 2:.1f}" y="{y - 4:.1f}" class="value">{value:.2f}</text>'
             )
     return _frame("".join(parts), "", y_label, names)
+
+
+def standalone(chart: str) -> str:
+    """`chart` as a file of its own: on white, and without variables, which not all viewers know."""
+    plain = re.sub(r"var\(--[\w-]+,([^)]*)\)", r"\1", chart)
+    return plain.replace("<style>", '<rect width="100%" height="100%" fill="#fff"/><style>', 1)
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:

@@ -122,7 +122,7 @@ def pretraining(run: QuickRun) -> dict[str, Any]:
         "steps": result.steps,
         "tokens": result.tokens,
         "skipped": result.skipped,
-        "parameters": recipe.model.num_parameters(),
+        "parameters": run.recipe.model.num_parameters(),
         "step_tokens": recipe.step_tokens,
         "metrics": "pretrain/metrics.jsonl",
         "model": "pretrain/model",

@@ -1,0 +1,197 @@
+"""What all stages of pre-training share: the keys of their recipes, and the run in its folder.
+
+    recipe.yaml      the recipe, resolved
+    metrics.jsonl    a line a step; evaluations
+    checkpoints/     the newest training checkpoints
+    model/           the finished model in the Hugging Face layout
+
+A stage brings its model and its documents. Once there is a checkpoint it decides: weights,
+optimizer, place in the data and random numbers are its own, whatever the run began from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import yaml
+from pydantic import Field, model_validator
+
+from qwen2.common.errors import UserError
+from qwen2.common.files import read_text, remove_leftovers
+from qwen2.common.runtime import parse_dtype
+from qwen2.model.config import ModelConfig
+from qwen2.model.decoder import Qwen2
+from qwen2.model.hub import save
+from qwen2.tokenizer import Tokenizer
+from qwen2.tokens.loader import PackedLoader, TokenSource
+from qwen2.tokens.shards import Shards
+from qwen2.train.flops import measure_matmul_peak
+from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
+from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.precision import MasterWeights
+from qwen2.train.schedules import Cosine, Schedule
+
+FREE = {"out", "threads", "device", "keep", "checkpoint_every", "evaluate_every"}
+"""Keys that may change when a run resumes: none of them changes what is computed."""
+
+
+class StageRecipe(LoopSettings):
+    """The keys that every stage's recipe has."""
+
+    stage: str
+    data: Path  # a folder of shards
+    tokenizer: Path  # the tokenizer that made them; goes into the exported model
+    out: Path
+    context: int = Field(gt=1)  # tokens of a row
+    rows: int = Field(gt=0)  # of a micro-batch
+    steps: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)  # instead of steps
+    optimizer: AdamWConfig
+    schedule: Schedule = Cosine()
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    device: str = "auto"
+    threads: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens")
+        return self
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one update."""
+        return self.context * self.rows * self.accumulation
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run; a token budget is rounded up."""
+        return self.steps or -(-(self.tokens or 0) // self.step_tokens)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of an update, counted from 0."""
+        return self.optimizer.lr * self.schedule.factor(step, self.total_steps)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Where a run stands and where its things lie."""
+
+    step: int
+    steps: int
+    tokens: int
+    skipped: int
+    finished: bool
+    metrics: Path
+    checkpoint: Path | None
+    model: Path | None
+    """The exported model; None until the run is finished."""
+
+
+def open_data(recipe: StageRecipe, config: ModelConfig, model: str) -> tuple[Shards, Tokenizer]:
+    """The shards and the tokenizer of `recipe`, which fit the model of `config`.
+
+    Raises:
+        UserError: they are not there, or have more ids than embeddings; `model` names the model.
+    """
+    shards, tokenizer = Shards(recipe.data), Tokenizer.load(recipe.tokenizer)
+    for what, ids in (
+        (f"the shards in {recipe.data} have", shards.index.vocab_size),
+        (f"the tokenizer in {recipe.tokenizer} has", tokenizer.vocab_size),
+    ):
+        if ids > config.vocab_size:
+            raise UserError(
+                f"{model}.vocab_size {config.vocab_size}: {what} {ids} ids; "
+                "give at least that many rows"
+            )
+    return shards, tokenizer
+
+
+def run_stage(
+    recipe: StageRecipe,
+    trainee: Trainee,
+    source: TokenSource,
+    tokenizer: Tokenizer,
+    evaluate: Evaluate | None = None,
+) -> StageResult:
+    """Run or resume `recipe`, whose `out` is claimed; export the model when it is finished."""
+    device = trainee.model.device
+    run = Run(
+        trainee,
+        PackedLoader(source, recipe.context, recipe.rows, recipe.seed),
+        recipe,
+        recipe.lr,
+        recipe.out,
+        recipe.stage,
+        measure_matmul_peak(trainee.model.dtype, device),
+        evaluate,
+    )
+    finished = run.train(recipe.total_steps)
+    exported = recipe.out / "model"
+    if finished and not exported.exists():
+        save(trainee.model, tokenizer, exported)
+    return StageResult(
+        run.state.step,
+        recipe.total_steps,
+        run.state.tokens,
+        run.state.skipped,
+        finished,
+        run.metrics.path,
+        run.checkpoint,
+        exported if finished else None,
+    )
+
+
+def make_trainee(model: Qwen2, recipe: StageRecipe) -> Trainee:
+    """`model`, which is turned into the recipe's dtype in place, with a fresh optimizer."""
+    weights = MasterWeights(model, parse_dtype(recipe.dtype))
+    return Trainee(model, weights, recipe.optimizer.build(weights.masters))
+
+
+def with_config(model: Qwen2, **changes: Any) -> Qwen2:
+    """A model of the same parameters (shared, not copied) whose configuration has `changes`.
+
+    They may be of anything but the parameters' shapes: the base of the rotations, for instance.
+    """
+    config = ModelConfig.parse(model.config.model_dump() | changes, "model")
+    with torch.device("meta"):
+        changed = Qwen2(config)
+    changed.load_state_dict(model.state_dict(), assign=True)
+    changed.tie_weights()
+    return changed
+
+
+def claim(recipe: StageRecipe) -> None:
+    """Write recipe.yaml into `out`, or check that the one there is of the same run.
+
+    Raises:
+        UserError: `out` holds another run; says which key differs.
+    """
+    path = recipe.out / "recipe.yaml"
+    remove_leftovers(recipe.out)
+    if path.exists():
+        _check_stage(path, recipe)
+        before = type(recipe).load(path)
+        old, new = (json.loads(r.model_dump_json(exclude=FREE)) for r in (before, recipe))
+        for key in new:
+            if old[key] != new[key]:
+                raise UserError(
+                    f"{recipe.out}: holds a run with another {key} ({old[key]}, now {new[key]}); "
+                    "choose another out"
+                )
+    recipe.save(path)
+
+
+def _check_stage(path: Path, recipe: StageRecipe) -> None:
+    """A recipe of another kind has other keys: say that, not which of them is unknown."""
+    values = yaml.safe_load(read_text(path))
+    before = values.get("stage") if isinstance(values, dict) else None
+    if before != recipe.stage:
+        raise UserError(
+            f"{recipe.out}: holds a run of stage {before}, not {recipe.stage}; choose another out"
+        )
