@@ -15,6 +15,7 @@ import torch
 from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig, Yarn
 from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.extend import with_config
 from qwen2.model.hub import load, load_config, load_model, save
 from qwen2.pipeline import long_context as measured
 from qwen2.pipeline.long_context import run_long_context
@@ -23,7 +24,6 @@ from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import Shards
 from qwen2.train.long_context import LongContextRecipe, long_context, mix
 from qwen2.train.pretrain import PretrainRecipe, pretrain
-from qwen2.train.stage import with_config
 
 TRAINED, CONTEXT = 64, 128
 

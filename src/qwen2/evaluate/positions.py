@@ -18,6 +18,7 @@ from qwen2.common.errors import UserError
 from qwen2.common.plot import line_chart
 from qwen2.evaluate.score import token_nats
 from qwen2.model.decoder import Qwen2
+from qwen2.model.extend import METHODS, extended
 
 BUCKETS = 16
 
@@ -48,7 +49,7 @@ def nats_by_position(
 
     Args:
         model: give it a configuration of at least `length` positions, also to see what happens
-            beyond those that it was trained on (`stage.with_config`).
+            beyond those that it was trained on (`extend.with_config`).
         documents: token ids with the `<|endoftext|>` that stands before the first one; those of
             fewer than `length` tokens after it are left out.
         buckets: of equal width, give or take one position; at most `length`.
@@ -73,6 +74,16 @@ def nats_by_position(
     widths = [stop - start for start, stop in itertools.pairwise(edges)]
     nats = [float(part.mean()) / count for part in total.split(widths)]
     return PositionNats(edges, nats, [width * count for width in widths])
+
+
+def nats_by_method(
+    model: Qwen2, documents: Sequence[Sequence[int]], length: int, buckets: int = BUCKETS
+) -> dict[str, PositionNats]:
+    """The same documents by `nats_by_position` through each way of extending the context."""
+    return {
+        method: nats_by_position(extended(model, length, method), documents, length, buckets)
+        for method in METHODS
+    }
 
 
 def position_chart(series: Mapping[str, PositionNats]) -> str:

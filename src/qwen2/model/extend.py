@@ -16,10 +16,13 @@ changes within it, and w = L0 / 16, as ChunkLlama has it.
 from __future__ import annotations
 
 import typing
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from qwen2.common.errors import UserError
 from qwen2.model.config import DualChunk, ModelConfig, Yarn
+from qwen2.model.decoder import Qwen2
 
 Method = Literal["dca+yarn", "dca", "yarn", "none"]
 METHODS: tuple[str, ...] = typing.get_args(Method)
@@ -60,6 +63,11 @@ def extend_context(config: ModelConfig, context: int, method: str = DEFAULT) -> 
     return config.model_copy(update=changes)
 
 
+def extended(model: Qwen2, context: int, method: str = DEFAULT) -> Qwen2:
+    """A model of the same parameters (shared) for `context` tokens; see `extend_context`."""
+    return with_config(model, **dict(extend_context(model.config, context, method)))
+
+
 def describe_context(config: ModelConfig) -> str:
     """In one line, how far `config` reaches and by what."""
     trained, reach = config.trained_length, config.context_length
@@ -76,3 +84,16 @@ def describe_context(config: ModelConfig) -> str:
     else:
         how = "as trained"
     return f"context {reach:,} tokens: {how}"
+
+
+def with_config(model: Qwen2, **changes: Any) -> Qwen2:
+    """A model of the same parameters (shared, not copied) whose configuration has `changes`.
+
+    They may be of anything but the parameters' shapes: the base of the rotations, for instance.
+    """
+    config = ModelConfig.parse(model.config.model_dump() | changes, "model")
+    with torch.device("meta"):
+        changed = Qwen2(config)
+    changed.load_state_dict(model.state_dict(), assign=True)
+    changed.tie_weights()
+    return changed

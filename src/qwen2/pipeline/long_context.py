@@ -21,10 +21,11 @@ from qwen2.common.files import durable_write
 from qwen2.common.plot import standalone
 from qwen2.common.progress import Progress
 from qwen2.evaluate.positions import PositionNats, nats_by_position, position_chart
+from qwen2.model.extend import with_config
 from qwen2.model.hub import load_model
 from qwen2.tokens.shards import Shards
 from qwen2.train.long_context import LongContextRecipe, long_context
-from qwen2.train.stage import StageResult, with_config
+from qwen2.train.stage import StageResult
 
 DOCUMENTS = 64  # of the held-out ones that are measured: 2M tokens at 32,768 each
 BEFORE, AFTER = "before", "after"

@@ -20,6 +20,7 @@ from qwen2.common.errors import UserError
 from qwen2.common.progress import say
 from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
 from qwen2.model.config import ModelConfig
+from qwen2.model.extend import with_config
 from qwen2.model.hub import load_config, load_model
 from qwen2.tokens.loader import TokenSource
 from qwen2.tokens.mixture import LongMixture
@@ -31,7 +32,6 @@ from qwen2.train.stage import (
     make_trainee,
     open_data,
     run_stage,
-    with_config,
 )
 
 

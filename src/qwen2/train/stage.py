@@ -14,9 +14,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import torch
 import yaml
 from pydantic import Field, model_validator
 
@@ -151,19 +150,6 @@ def make_trainee(model: Qwen2, recipe: StageRecipe) -> Trainee:
     """`model`, which is turned into the recipe's dtype in place, with a fresh optimizer."""
     weights = MasterWeights(model, parse_dtype(recipe.dtype))
     return Trainee(model, weights, recipe.optimizer.build(weights.masters))
-
-
-def with_config(model: Qwen2, **changes: Any) -> Qwen2:
-    """A model of the same parameters (shared, not copied) whose configuration has `changes`.
-
-    They may be of anything but the parameters' shapes: the base of the rotations, for instance.
-    """
-    config = ModelConfig.parse(model.config.model_dump() | changes, "model")
-    with torch.device("meta"):
-        changed = Qwen2(config)
-    changed.load_state_dict(model.state_dict(), assign=True)
-    changed.tie_weights()
-    return changed
 
 
 def claim(recipe: StageRecipe) -> None:
