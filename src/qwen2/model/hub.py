@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +19,48 @@ from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.gguf_file import GGUFFile
 from qwen2.model.hf_folder import save
-from qwen2.model.weights import EMBEDDING, build
+from qwen2.model.weights import EMBEDDING, StoredTensor, build
 
 if TYPE_CHECKING:
     from qwen2.tokenizer import Tokenizer
 
-__all__ = ["load", "load_config", "load_model", "locate", "save"]
+__all__ = ["Checkpoint", "load", "load_config", "load_model", "locate", "open_checkpoint", "save"]
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers are read, and no weights yet."""
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]  # by published name
+    dtype: torch.dtype  # its own; bf16, the published type, for GGUF
+    read_tokenizer: Callable[[], Tokenizer]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: it is missing or broken, or has ids beyond the embedding.
+        """
+        tokenizer = self.read_tokenizer()
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"{self.path}: token ids up to {tokenizer.vocab_size - 1}, but "
+                f"{self.config.vocab_size} embeddings; the tokenizer is another model's"
+            )
+        return tokenizer
+
+    def choose_dtype(self, name: str) -> torch.dtype:
+        """The number type called `name`; its own for `auto`."""
+        return self.dtype if name == "auto" else parse_dtype(name)
+
+    def model(self, dtype: str, device: str) -> Qwen2:
+        """The module with its parameters; see `load`."""
+        chosen = self.choose_dtype(dtype)
+        return build(self.config, self.tensors, self.path, chosen, pick_device(device))
 
 
 def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tuple[Qwen2, Tokenizer]:
@@ -37,28 +73,27 @@ def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tupl
     Raises:
         UserError: nothing of that name, or a checkpoint that is broken or not of this model.
     """
-    from qwen2.tokenizer import Tokenizer
-
-    path = locate(name)
-    file = None if path.is_dir() else GGUFFile(path)
+    checkpoint = open_checkpoint(name)
     with ThreadPoolExecutor(1) as other:  # the one computes while the other reads
-        reading = other.submit(file.tokenizer if file else lambda: Tokenizer.load(path))
-        model = _load_gguf(file, dtype, device) if file else _load_folder(path, dtype, device)
-        tokenizer = reading.result()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{path}: token ids up to {tokenizer.vocab_size - 1}, but {model.config.vocab_size} "
-            "embeddings; the tokenizer is another model's"
-        )
-    return model, tokenizer
+        reading = other.submit(checkpoint.tokenizer)
+        model = checkpoint.model(dtype, device)
+        return model, reading.result()
 
 
 def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Qwen2:
     """The model alone; see `load`."""
+    return open_checkpoint(name).model(dtype, device)
+
+
+def open_checkpoint(name: str | Path) -> Checkpoint:
+    """Read the headers of `name` alone; see `load`."""
     path = locate(name)
     if path.is_dir():
-        return _load_folder(path, dtype, device)
-    return _load_gguf(GGUFFile(path), dtype, device)
+        config, tensors = hf_folder.read_config(path), hf_folder.stored_tensors(path)
+        dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.bfloat16
+        return Checkpoint(path, config, tensors, dtype, lambda: _tokenizer_of(path))
+    file = GGUFFile(path)
+    return Checkpoint(path, file.config(), file.tensors, torch.bfloat16, file.tokenizer)
 
 
 def load_config(name: str | Path) -> ModelConfig:
@@ -88,17 +123,7 @@ def locate(name: str | Path) -> Path:
         ) from error
 
 
-def _load_folder(folder: Path, dtype: str, device: str) -> Qwen2:
-    config = hf_folder.read_config(folder)
-    tensors = hf_folder.stored_tensors(folder)
-    own = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.bfloat16
-    return build(config, tensors, folder, _choose(dtype, own), pick_device(device))
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    from qwen2.tokenizer import Tokenizer
 
-
-def _load_gguf(file: GGUFFile, dtype: str, device: str) -> Qwen2:
-    chosen = _choose(dtype, torch.bfloat16)
-    return build(file.config(), file.tensors, file.path, chosen, pick_device(device))
-
-
-def _choose(name: str, own: torch.dtype) -> torch.dtype:
-    return own if name == "auto" else parse_dtype(name)
+    return Tokenizer.load(folder)

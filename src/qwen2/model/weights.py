@@ -65,6 +65,25 @@ def build(
     Raises:
         UserError: a tensor is missing, unknown or of a wrong shape, or a tied head differs.
     """
+    model, expected = checked(config, stored, where)
+    state = _read_all(expected, stored, list(model.fusible()), dtype, device)
+    if config.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def checked(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], where: Path
+) -> tuple[Qwen2, dict[str, tuple[int, ...]]]:
+    """The module of `config` on the meta device; names and shapes it needs, as `stored` has them.
+
+    A tied head is not among them.
+
+    Raises:
+        UserError: as `build`.
+    """
     stored = {name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)}
     model = _meta_module(config, stored, where)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -80,12 +99,14 @@ def build(
     if config.tie_word_embeddings:
         _check_tied(stored, where)
         expected.pop(HEAD, None)
-    state = _read_all(expected, stored, list(model.fusible()), dtype, device)
-    if config.tie_word_embeddings:
-        state[HEAD] = state[EMBEDDING]
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    return model
+    return model, expected
+
+
+def read(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the whole tensor in `dtype`, in memory of its own."""
+    tensor = torch.empty(stored.shape, dtype=dtype)
+    _fill([(stored, tensor)])
+    return tensor
 
 
 def _read_all(
@@ -107,16 +128,16 @@ def _read_all(
         shapes = [torch.Size(stored[name].shape) for name in group]
         state.update(zip(group, end_to_end(shapes, dtype, device), strict=True))
     # All memory that stays has been taken: what conversion takes and returns leaves no holes in it.
-    _in_threads(
-        lambda name, start, rows: stored[name].read_rows(start, state[name][start : start + rows]),
-        [
-            (name, *block)
-            for name in names
-            if name in converted
-            for block in _row_blocks(stored[name])
-        ],
-    )
+    _fill([(stored[name], state[name]) for name in names if name in converted])
     return state
+
+
+def _fill(pairs: Sequence[tuple[StoredTensor, Tensor]]) -> None:
+    """Read each stored tensor into the one beside it, in blocks of rows."""
+    _in_threads(
+        lambda stored, out, start, rows: stored.read_rows(start, out[start : start + rows]),
+        [(*pair, *block) for pair in pairs for block in _row_blocks(pair[0])],
+    )
 
 
 def _in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:
