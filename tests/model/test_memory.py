@@ -130,10 +130,11 @@ def test_upcycling_holds_one_layer(tmp_path: Path, folder: Path, middling: Model
     peak = json.loads(result.stdout)["peak"]
     mixture = load_config(tmp_path / "mixture")
     written = sum(p.stat().st_size for p in (tmp_path / "mixture").glob("*.safetensors"))
-    C, embeddings = mixture.hidden_size, 2 * mixture.vocab_size * mixture.hidden_size
-    layer = 2 * (mixture.num_parameters() - embeddings) // mixture.num_hidden_layers
-    dense_ffn = 2 * 3 * C * mixture.intermediate_size
+    embedding = mixture.vocab_size * mixture.hidden_size
+    layer = 2 * (mixture.num_parameters() - 2 * embedding) // mixture.num_hidden_layers
+    dense_ffn = 2 * 3 * mixture.hidden_size * mixture.intermediate_size
     assert written > 5 * layer
-    # A file of the output, of a layer at most, the dense FFN, and what makes a tensor of it.
-    assert peak < 1.15 * layer + 2 * dense_ffn
+    # A file of the output, of a layer at most; the dense FFN; what makes a tensor of it; and holes
+    # in the heap as large as the embedding, when that follows smaller tensors.
+    assert peak < 1.1 * layer + 2 * dense_ffn + 2 * embedding
     assert peak < 2 * middling.num_parameters() + layer
