@@ -1,0 +1,95 @@
+"""Stacked expert weights in memory, and the three ways in which files hold them.
+
+    in memory, transformers 5   experts.gate_up_proj (E, 2I, C)      experts.down_proj (E, C, I)
+    published checkpoints       experts.{i}.gate_proj.weight, .up_proj.weight (I, C),
+                                experts.{i}.down_proj.weight (C, I)
+    GGUF, under our names       experts.gate_proj, experts.up_proj (E, I, C), experts.down_proj
+
+Saving writes the published names, one matrix (out, in) each: what quantisers work on. Reading takes
+any of the three. Rows, here, are of the last dimension: those of a stack are E·2I or E·C.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from qwen2.model.stored import StoredTensor
+
+_STACK = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive rows of a stored tensor, which is expected to have `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    rows: int
+
+
+def pieces_of(name: str, shape: tuple[int, ...], stored: Collection[str]) -> list[Piece]:
+    """What the rows of parameter `name` are made of, in order, in a file of tensors `stored`.
+
+    A file that has nothing of the parameter is taken for one of published names.
+    """
+    stack = _STACK.fullmatch(name)
+    if stack is None or name in stored:
+        return [Piece(name, shape, 0, prod(shape[:-1]))]
+    (experts, width), place = shape[::2], stack[1]
+    parts = ["gate_proj", "up_proj"] if stack[2] == "gate_up_proj" else ["down_proj"]
+    rows = shape[1] // len(parts)
+    if f"{place}.{parts[0]}" in stored:
+        whole = (experts, rows, width)
+        return [
+            Piece(f"{place}.{part}", whole, expert * rows, rows)
+            for expert in range(experts)
+            for part in parts
+        ]
+    return [
+        Piece(f"{place}.{expert}.{part}.weight", (rows, width), 0, rows)
+        for expert in range(experts)
+        for part in parts
+    ]
+
+
+def published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors under which a parameter is saved; those of a stack are views of it."""
+    pieces = pieces_of(name, tuple(tensor.shape), ())
+    if len(pieces) == 1 and pieces[0].name == name:
+        yield name, tensor
+        return
+    rows = tensor.flatten(0, -2).split([piece.rows for piece in pieces])
+    yield from zip((piece.name for piece in pieces), rows, strict=True)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A stored tensor made of pieces of others."""
+
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+    stored: Mapping[str, StoredTensor]
+    dtype: torch.dtype | None = None  # cannot be mapped, whatever type its pieces have
+
+    def mapped(self) -> Tensor:
+        raise AssertionError("pieces lie apart")
+
+    def read_rows(self, start: int, out: Tensor) -> None:
+        """Fill `out` with the rows from `start` on, piece by piece."""
+        per_piece = self.pieces[0].rows  # all pieces of a stack have as many
+        end = start + len(out)
+        row = start
+        while row < end:
+            number, skip = divmod(row, per_piece)
+            piece = self.pieces[number]
+            count = min(end - row, per_piece - skip)
+            part = out[row - start : row - start + count]
+            self.stored[piece.name].read_rows(piece.start + skip, part)
+            row += count
