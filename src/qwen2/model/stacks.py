@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from math import prod
 
 import torch
@@ -34,26 +35,40 @@ class Piece:
     rows: int
 
 
-def pieces_of(name: str, shape: tuple[int, ...], stored: Collection[str]) -> list[Piece]:
-    """What the rows of parameter `name` are made of, in order, in a file of tensors `stored`.
+class Layout(Enum):
+    """How a file holds experts."""
 
-    A file that has nothing of the parameter is taken for one of published names.
-    """
+    SINGLE = "each matrix of each expert, as published"
+    STACKED = "as in memory"
+    APART = "stacked, gate and up apart"
+
+
+def layout_of(names: Collection[str]) -> Layout:
+    """The layout of a file of tensors `names`; what has no stacks is taken for a published one."""
+    if any(name.endswith(".mlp.experts.gate_up_proj") for name in names):
+        return Layout.STACKED
+    if any(name.endswith(".mlp.experts.gate_proj") for name in names):
+        return Layout.APART
+    return Layout.SINGLE
+
+
+def pieces_of(name: str, shape: tuple[int, ...], layout: Layout) -> list[Piece]:
+    """What the rows of parameter `name` are made of, in order."""
     stack = _STACK.fullmatch(name)
-    if stack is None or name in stored:
+    gated = stack is not None and stack[2] == "gate_up_proj"
+    if stack is None or layout is Layout.STACKED or (layout is Layout.APART and not gated):
         return [Piece(name, shape, 0, prod(shape[:-1]))]
-    (experts, width), place = shape[::2], stack[1]
-    parts = ["gate_proj", "up_proj"] if stack[2] == "gate_up_proj" else ["down_proj"]
-    rows = shape[1] // len(parts)
-    if f"{place}.{parts[0]}" in stored:
-        whole = (experts, rows, width)
+    experts, height, width = shape
+    parts = ("gate_proj", "up_proj") if gated else ("down_proj",)
+    rows = height // len(parts)
+    if layout is Layout.APART:
         return [
-            Piece(f"{place}.{part}", whole, expert * rows, rows)
+            Piece(f"{stack[1]}.{part}", (experts, rows, width), expert * rows, rows)
             for expert in range(experts)
             for part in parts
         ]
     return [
-        Piece(f"{place}.{expert}.{part}.weight", (rows, width), 0, rows)
+        Piece(f"{stack[1]}.{expert}.{part}.weight", (rows, width), 0, rows)
         for expert in range(experts)
         for part in parts
     ]
@@ -61,12 +76,12 @@ def pieces_of(name: str, shape: tuple[int, ...], stored: Collection[str]) -> lis
 
 def published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors under which a parameter is saved; those of a stack are views of it."""
-    pieces = pieces_of(name, tuple(tensor.shape), ())
-    if len(pieces) == 1 and pieces[0].name == name:
+    pieces = pieces_of(name, tuple(tensor.shape), Layout.SINGLE)
+    if pieces[0].name == name:
         yield name, tensor
-        return
-    rows = tensor.flatten(0, -2).split([piece.rows for piece in pieces])
-    yield from zip((piece.name for piece in pieces), rows, strict=True)
+    else:
+        rows = tensor.flatten(0, -2).split([piece.rows for piece in pieces])
+        yield from zip((piece.name for piece in pieces), rows, strict=True)
 
 
 @dataclass(frozen=True)

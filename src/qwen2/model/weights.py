@@ -25,7 +25,7 @@ from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.linear import end_to_end
-from qwen2.model.stacks import Joined, Piece, pieces_of
+from qwen2.model.stacks import Joined, Piece, layout_of, pieces_of
 from qwen2.model.stored import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -55,7 +55,8 @@ def build(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings and HEAD not in stored:
         del shapes[HEAD]
-    pieces = {name: pieces_of(name, shape, stored) for name, shape in shapes.items()}
+    layout = layout_of(stored)
+    pieces = {name: pieces_of(name, shape, layout) for name, shape in shapes.items()}
     expected = {piece.name: piece.shape for parts in pieces.values() for piece in parts}
     _check_names(expected, stored, where)
     for name, shape in expected.items():
