@@ -26,6 +26,7 @@ from qwen2.common.files import durable_folder
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.hf_config import config_from_hf, config_to_hf
+from qwen2.model.stacks import published
 from qwen2.model.weights import HEAD
 
 if TYPE_CHECKING:
@@ -56,7 +57,15 @@ class SafeTensor:
     def read_rows(self, start: int, out: Tensor) -> None:
         """Copy rows; the file is opened anew, so that its pages leave memory with the mapping."""
         with _clear_errors(self.path), safe_open(self.path, framework="pt") as file:
-            out.copy_(file.get_slice(self.name)[start : start + len(out)])
+            part = file.get_slice(self.name)
+            if len(self.shape) < 3:
+                out.copy_(part[start : start + len(out)])
+                return
+            outer, skip = divmod(start, self.shape[1])
+            while len(out):
+                rows = out[: self.shape[1] - skip]
+                rows.copy_(part[outer, skip : skip + len(rows)])
+                outer, skip, out = outer + 1, 0, out[len(rows) :]
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -108,9 +117,11 @@ def save(
         UserError: the folder exists and `overwrite` is false, or the disk is full.
     """
     chosen = dtype or model.dtype
-    state = model.state_dict()
+    own = model.state_dict()
     if model.config.tie_word_embeddings:
-        del state[HEAD]
+        del own[HEAD]
+    # Experts become a matrix each, as published: a view, so nothing is copied before its shard.
+    state = dict(pair for name, tensor in own.items() for pair in published(name, tensor))
     write_folder(
         folder,
         model.config,

@@ -19,7 +19,8 @@ from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.gguf_file import GGUFFile
 from qwen2.model.hf_folder import save
-from qwen2.model.weights import EMBEDDING, StoredTensor, build
+from qwen2.model.stored import StoredTensor
+from qwen2.model.weights import EMBEDDING, build
 
 if TYPE_CHECKING:
     from qwen2.tokenizer import Tokenizer

@@ -179,7 +179,7 @@ class UpcycledTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, dense: Checkpoint, options: UpcycleConfig, dtype: torch.dtype) -> None:
-        self.dense, self.stored = dense.config, dense.tensors
+        self.dense = dense.config
         self.options, self.dtype = options, dtype
         self.moe = options.mixture(self.dense)
         self.config = self.dense.model_copy(update={"moe": self.moe})
@@ -187,10 +187,11 @@ class UpcycledTensors(Mapping[str, Tensor]):
         self._make: dict[str, Callable[[], Tensor]] = {}
         self._held: tuple[int, list[_DenseMatrix]] = (-1, [])
         # In the order of layers, whatever that of the file: each is read once.
-        for name, shape in checked(self.dense, self.stored, dense.path)[1].items():
+        _, self.stored = checked(self.dense, dense.tensors, dense.path)
+        for name, stored in self.stored.items():
             place, _, matrix = name.partition(".mlp.")
             if not matrix:
-                self._add(name, shape, partial(self._pass_through, name))
+                self._add(name, stored.shape, partial(self._pass_through, name))
             elif matrix == "gate_proj.weight":
                 self._add_layer(f"{place}.mlp", layer=layer_of(name))
 
