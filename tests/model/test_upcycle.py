@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from qwen2.common.errors import UserError
 from qwen2.common.files import verify_folder
 from qwen2.model import hf_folder
+from qwen2.model.attention import PackedAttention
 from qwen2.model.config import PUBLISHED, Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2
-from qwen2.model.hub import Checkpoint, load_config, open_checkpoint, save
+from qwen2.model.hub import Checkpoint, load, load_config, load_model, open_checkpoint, save
 from qwen2.model.upcycle import (
     PROJECTIONS,
     UpcycleConfig,
@@ -367,6 +368,11 @@ def source(
     return tmp_path / "dense"
 
 
+def logits(model: Qwen2) -> torch.Tensor:
+    tokens = torch.arange(40) * 7 % model.config.vocab_size
+    return model(tokens, torch.arange(40), PackedAttention([40]))
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -427,6 +433,31 @@ def test_transformers_runs_it(source: Path, tmp_path: Path) -> None:
     for layer in model.model.layers:  # without what is routed, the dense model is left
         layer.mlp.experts.down_proj.zero_()
     torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_it_loads_here_and_starts_from_the_dense_model(source: Path, tmp_path: Path) -> None:
+    options = UpcycleConfig(experts=6, experts_per_token=2, shared_size=200)
+    upcycle(source, tmp_path / "out", options)
+    dense, (model, _) = load_model(source), load(tmp_path / "out")
+    assert model.config.moe == options.mixture(dense.config)
+    expected = UpcycledTensors(open_checkpoint(source), options, torch.float32)
+    weight = model.model.layers[1].mlp.experts.down_proj[3]  # type: ignore[union-attr, index]
+    assert torch.equal(weight, expected["model.layers.1.mlp.experts.3.down_proj.weight"])
+    assert not torch.allclose(logits(model), logits(dense), atol=1e-3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("experts.down_proj"):
+            parameter.zero_()
+    torch.testing.assert_close(logits(model), logits(dense), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_saved_again_it_is_the_same(source: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    upcycle(source, tmp_path / "out", UpcycleConfig(**SMALL))
+    save(load_model(tmp_path / "out"), tokenizer, tmp_path / "again")
+    before, after = stored(tmp_path / "out"), stored(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0, Type.Q4_0], ids=lambda t: t.name)
