@@ -182,7 +182,7 @@ def test_an_interrupted_pass_leaves_the_cache_usable(monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("qwen2.inference.generation.CachedAttention.advance", interrupt)
+        patched.setattr("qwen2.model.cache.CachedAttention.advance", interrupt)
         with pytest.raises(KeyboardInterrupt):
             step(MODEL, [sequence])
     prompt = PROMPTS[1] + sequence.output + list(b" and more")

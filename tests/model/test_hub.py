@@ -288,7 +288,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "not readable as"),
     "list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "other model": (lambda f: set_config(f, model_type="llama"), "'llama', expected 'qwen2'"),
-    "rope": (lambda f: set_config(f, rope_scaling={"type": "yarn"}), "key 'factor' is missing"),
+    "rope": (lambda f: set_config(f, rope_scaling={"type": "linear"}), "rope scaling 'linear'"),
     "rope type": (lambda f: set_config(f, rope_scaling="linear"), "rope_scaling"),
     "vocabulary": (
         lambda f: edit(f, lambda t: shrink_vocabulary(f, t)), "token ids up to 259, but 200 embed"

@@ -208,7 +208,7 @@ def test_attention_equals_its_formula(T: int, past: int, K: int, G: int, seed: i
 def test_rotation_by_hand() -> None:
     """θ = 100, D = 4: frequencies 1 and 0.1; unit 0 turns with unit 2, unit 1 with unit 3."""
     rope = Rope(head_dim=4, theta=100.0)
-    cos, sin = rope.tables(torch.tensor([3]), torch.float64)
+    cos, sin = rope.table(torch.tensor([3]), torch.float64)
     angles = torch.tensor([3.0, 0.3], dtype=torch.float64)
     torch.testing.assert_close(cos[0, 0], angles.cos(), atol=1e-7, rtol=0)
     x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]], dtype=torch.float64)

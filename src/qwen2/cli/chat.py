@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen2.cli.options import (
+    Context,
     Device,
     Dtype,
+    Extend,
     MaxTokens,
     Model,
     RepetitionPenalty,
@@ -18,6 +20,7 @@ from qwen2.cli.options import (
     Threads,
     TopK,
     TopP,
+    load_for,
     sampling_params,
 )
 
@@ -38,6 +41,8 @@ def chat(
     top_p: TopP = 0.8,
     repetition_penalty: RepetitionPenalty = 1.05,
     seed: Seed = None,
+    context: Context = None,
+    extend: Extend = "dca+yarn",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -45,7 +50,6 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves."""
     from qwen2.common.progress import say
     from qwen2.common.runtime import set_threads
-    from qwen2.model.hub import load
 
     params = sampling_params(
         max_tokens=max_tokens,
@@ -56,7 +60,8 @@ def chat(
         seed=seed,
     )
     set_threads(threads)
-    conversation = Conversation(*load(model, dtype=dtype, device=device), params, system)
+    loaded = load_for(model, dtype, device, context, extend)
+    conversation = Conversation(*loaded, params, system)
     say(f"Ctrl-C stops an answer, Ctrl-D leaves; {HELP}.")
     while (line := _read()) is not None:
         command, _, rest = line.strip().partition(" ")

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from qwen2.cli.options import (
+    Context,
     Device,
     Dtype,
+    Extend,
     Json,
     MaxTokens,
     Model,
@@ -21,6 +23,7 @@ from qwen2.cli.options import (
     Threads,
     TopK,
     TopP,
+    load_for,
     sampling_params,
 )
 
@@ -42,6 +45,8 @@ def generate(
     parse_special: Annotated[
         bool, typer.Option(help="Read control tokens that are written in the prompt.")
     ] = False,
+    context: Context = None,
+    extend: Extend = "dca+yarn",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -51,7 +56,6 @@ def generate(
     from qwen2.common.errors import UserError
     from qwen2.common.runtime import set_threads
     from qwen2.inference import Completion, Sequence, stream
-    from qwen2.model.hub import load
     from qwen2.tokenizer.chatml import ChatTemplate
 
     if system is not None and not chat:
@@ -67,7 +71,7 @@ def generate(
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     set_threads(threads)
-    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    language_model, tokenizer = load_for(model, dtype, device, context, extend)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})

@@ -8,12 +8,21 @@ import typer
 
 if TYPE_CHECKING:
     from qwen2.inference import SamplingParams
+    from qwen2.model.decoder import Qwen2
+    from qwen2.tokenizer import Tokenizer
 
 Model = Annotated[
     str, typer.Argument(help="A folder in the Hugging Face layout, a .gguf file, or a hub name.")
 ]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Context = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens to be ready for; beyond the trained length --extend acts."),
+]
+Extend = Annotated[
+    str, typer.Option(help="For a longer --context than trained: dca+yarn, dca, yarn or none.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores when not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Tokens at most.")]
@@ -30,3 +39,17 @@ def sampling_params(**values: Any) -> SamplingParams:
     from qwen2.inference import SamplingParams
 
     return SamplingParams.parse(values, "sampling")
+
+
+def load_for(
+    model: str, dtype: str, device: str, context: int | None, extend: str
+) -> tuple[Qwen2, Tokenizer]:
+    """The model, ready for `context` tokens; says on stderr what that has turned on."""
+    from qwen2.common.progress import say
+    from qwen2.model.extend import describe_context
+    from qwen2.model.hub import load
+
+    loaded = load(model, dtype=dtype, device=device, context=context, extend=extend)
+    if context is not None:
+        say(describe_context(loaded[0].config))
+    return loaded

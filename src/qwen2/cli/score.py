@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qwen2.cli.options import Device, Dtype, Json, Model, Threads
+from qwen2.cli.options import Device, Dtype, Extend, Json, Model, Threads, load_for
 
 
 def score(
@@ -17,6 +17,7 @@ def score(
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens a prediction may see; 2,048 when not given.")
     ] = None,
+    extend: Extend = "dca+yarn",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -28,13 +29,12 @@ def score(
     from qwen2.common.progress import Progress
     from qwen2.common.runtime import set_threads
     from qwen2.evaluate.score import DEFAULT_CONTEXT, Score, score_text
-    from qwen2.model.hub import load
 
     texts = [read_text(file) for file in files]
     if not any(texts):
         raise UserError(f"{files[0]}: nothing to score; give a file with text")
     set_threads(threads)
-    language_model, tokenizer = load(model, dtype=dtype, device=device)
+    language_model, tokenizer = load_for(model, dtype, device, context, extend)
     total = Score()
     with Progress("score", sum(len(text.encode()) for text in texts)) as progress:
         for text in texts:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from qwen2.model.attention import PackedAttention
 from qwen2.model.decoder import Qwen2
 from qwen2.tokenizer import Tokenizer
 
@@ -57,7 +56,7 @@ def score_text(
 def token_nats(model: Qwen2, ids: Sequence[int], context: int) -> torch.Tensor:
     """-log p of ids[1:], each given those before it within the window: (len(ids) - 1,), fp32."""
     tokens = torch.tensor(ids, device=model.device)
-    context = min(context, model.config.max_position_embeddings)
+    context = min(context, model.config.context_length)
     parts: list[torch.Tensor] = []
     scored = 0  # ids[1 : 1 + scored] have their figure
     while scored < len(ids) - 1:
@@ -67,7 +66,7 @@ def token_nats(model: Qwen2, ids: Sequence[int], context: int) -> torch.Tensor:
         hidden = model.model(
             inputs,
             torch.arange(len(inputs), device=model.device),
-            PackedAttention([len(inputs)]),
+            model.packed([len(inputs)]),
         )
         fresh = slice(scored - start, None)
         for rows, goal in zip(

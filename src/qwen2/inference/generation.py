@@ -18,7 +18,7 @@ import torch
 from qwen2.common.errors import UserError
 from qwen2.inference.detokenize import TextStream
 from qwen2.inference.sampling import SamplingParams, sample
-from qwen2.model.cache import CachedAttention, KVCache
+from qwen2.model.cache import KVCache
 from qwen2.model.decoder import Qwen2
 from qwen2.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ class Sequence:
         params: SamplingParams,
         cached: CachedTokens | None = None,
     ) -> None:
-        context = model.config.max_position_embeddings
+        context = model.config.context_length
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
         if not all(0 <= token < tokenizer.vocab_size for token in prompt):
@@ -121,7 +121,7 @@ def step(model: Qwen2, sequences: Many[Sequence]) -> dict[int, str]:
     if not live:
         return {}
     chunks, drawing = zip(*(sequences[index].take() for index in live), strict=True)
-    attention = CachedAttention([sequences[i].cache for i in live], [len(c) for c in chunks])
+    attention = model.cached([sequences[i].cache for i in live], [len(c) for c in chunks])
     tokens = torch.tensor([token for chunk in chunks for token in chunk], device=model.device)
     logits = model(
         tokens, attention.positions(model.device), attention, attention.last_rows(model.device)

@@ -79,4 +79,6 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
             break
     inside = before < params.top_p
     inside[0] = True
+    if params.top_p == 1.0:  # a sum that rounds to 1 early must not end the top k
+        inside[:] = True
     return tokens[inside], probabilities[inside]

@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen2.model.attend import Part, attend
 from qwen2.model.config import ModelConfig
+from qwen2.model.dual_chunk import DualChunkAttention
 from qwen2.model.linear import Linear, Projections
 from qwen2.model.rope import Rope, Rotary, rotate
+
+WINDOW_ROWS = 512  # queries of a sliding window that share a mask
 
 
 class AttentionContext(Protocol):
@@ -28,6 +32,58 @@ class AttentionContext(Protocol):
         """q (N, H, D), k and v (N, K, D), not yet rotated -> (N, H, D)."""
 
 
+class Scheme(Protocol):
+    """How the tokens of one sequence see each other: a context applies it to each of its own."""
+
+    def rotary(self, rope: Rope, positions: Tensor, longest: int, dtype: torch.dtype) -> Rotary:
+        """Tables for `positions` (N,) in sequences of at most `longest` tokens."""
+
+    def rotate(self, q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Sequence[Tensor], Tensor]:
+        """Queries in each of their rotations, and keys as they go into the cache."""
+
+    def attend(self, layer: int, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Tensor:
+        """The last T of S tokens: queries (T, H, D) each, k and v (S, K, D) -> (T, H, D)."""
+
+
+class CausalScheme:
+    """Every token sees all before it and itself, or in some layers only a window of them.
+
+    `windows[layer]` is the window's size, for layers that have one.
+    """
+
+    def __init__(self, windows: Sequence[int | None] = ()) -> None:
+        self.windows = windows
+
+    def rotary(self, rope: Rope, positions: Tensor, longest: int, dtype: torch.dtype) -> Rotary:
+        """One table for queries and keys."""
+        table = rope.table(positions, dtype)
+        return table, table
+
+    def rotate(self, q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Sequence[Tensor], Tensor]:
+        """One rotation of q (N, H, D) and k (N, K, D)."""
+        keys, queries = rotary
+        return [rotate(q, queries)], rotate(k, keys)
+
+    def attend(self, layer: int, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Tensor:
+        """The last T of S tokens: (T, H, D)."""
+        window = self.windows[layer] if self.windows else None
+        if window is None or window >= len(k):
+            return causal_attention(queries[0], k, v)
+        return windowed_attention(queries[0], k, v, window)
+
+
+CAUSAL = CausalScheme()
+
+
+def scheme_of(config: ModelConfig) -> Scheme:
+    """The one place where a configuration chooses how its tokens see each other."""
+    if config.dual_chunk:
+        return DualChunkAttention(config.dual_chunk)
+    if config.sliding:
+        return CausalScheme([config.window(layer) for layer in range(config.num_hidden_layers)])
+    return CAUSAL
+
+
 class PackedAttention:
     """Documents laid end to end: causal within each, blind to the others.
 
@@ -35,48 +91,58 @@ class PackedAttention:
     N and no product is spent on pairs that may not see each other.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
+    def __init__(self, lengths: Sequence[int], scheme: Scheme = CAUSAL) -> None:
+        self.lengths, self.scheme = list(lengths), scheme
 
     def rotary(self, rope: Rope, positions: Tensor, dtype: torch.dtype) -> Rotary:
-        """One table for queries and keys."""
-        return rope.tables(positions, dtype)
+        """The scheme's tables."""
+        return self.scheme.rotary(rope, positions, max(self.lengths, default=0), dtype)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
-        """Causal attention within each document."""
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        documents = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([causal_attention(*document) for document in documents])
+        """Attention within each document."""
+        queries, k = self.scheme.rotate(q, k, rotary)
+        documents = zip(*(x.split(self.lengths) for x in (k, v, *queries)), strict=True)
+        return torch.cat([self.scheme.attend(layer, rotated, k, v) for k, v, *rotated in documents])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of the last T of S tokens: q (T, H, D), k and v (S, K, D) -> (T, H, D).
 
-    Query t sees keys up to S - T + t. Groups of query heads share a kv head by a stride of zero,
-    never by a copy. fp16 is computed in fp32: |q·k| of these models overflows it.
+    Query t sees keys up to S - T + t.
+    """
+    first = len(k) - len(q)
+    if first == 0 or len(q) == 1:
+        return attend([Part(q, k, v, causal=len(q) > 1)])
+    before = Part(q, k[:first], v[:first], causal=False)
+    return attend([before, Part(q, k[first:], v[first:], causal=True)])
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """As `causal_attention`, but a query sees at most `window` keys, its own token's included.
+
+    Blocks of queries meet only the keys that they may see, under a mask as wide as those.
     """
     T, H, D = q.shape
-    S, K, _ = k.shape
-    dtype = q.dtype
-    if dtype == torch.float16:
+    K, dtype = k.shape[1], q.dtype
+    if dtype == torch.float16:  # see attend
         q, k, v = q.float(), k.float(), v.float()
-    keys = k.transpose(0, 1)[:, None]  # (K, 1, S, D)
-    values = v.transpose(0, 1)[:, None]
-    if T == 1:  # one query sees everything: its groups are the rows of one product
-        out = F.scaled_dot_product_attention(q.view(K, 1, H // K, D), keys, values)
-        return out.reshape(1, H, D).to(dtype)
-    out = F.scaled_dot_product_attention(
-        q.view(T, K, H // K, D).permute(1, 2, 0, 3),  # (K, G, T, D)
-        keys.expand(-1, H // K, -1, -1),
-        values.expand(-1, H // K, -1, -1),
-        attn_mask=None if S == T else _visible(T, S, q.device),
-        is_causal=S == T,
-    )
-    return out.permute(2, 0, 1, 3).reshape(T, H, D).to(dtype)
-
-
-def _visible(T: int, S: int, device: torch.device) -> Tensor:
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    first = len(k) - T
+    out = []
+    for start in range(0, T, WINDOW_ROWS):
+        rows = q[start : start + WINDOW_ROWS]
+        stop = first + start + len(rows)
+        begin = max(0, first + start - window + 1)
+        distance = torch.arange(first + start, stop)[:, None] - torch.arange(begin, stop)
+        seen = ((distance >= 0) & (distance < window)).to(q.device)
+        keys, values = (x[begin:stop].transpose(0, 1)[:, None] for x in (k, v))
+        block = F.scaled_dot_product_attention(
+            rows.view(-1, K, H // K, D).permute(1, 2, 0, 3),  # (K, G, T, D)
+            keys.expand(-1, H // K, -1, -1),
+            values.expand(-1, H // K, -1, -1),
+            attn_mask=seen,
+        )
+        out.append(block.permute(2, 0, 1, 3).reshape(-1, H, D))
+    return torch.cat(out).to(dtype)
 
 
 class SelfAttention(nn.Module):

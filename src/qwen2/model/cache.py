@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwen2.model.attention import causal_attention
+from qwen2.model.attention import CAUSAL, Scheme
 from qwen2.model.config import ModelConfig
-from qwen2.model.rope import Rope, Rotary, rotate
+from qwen2.model.rope import Rope, Rotary
 
 
 class KVCache:
@@ -49,10 +49,12 @@ class CachedAttention:
     `counts[i]` new tokens belong to `caches[i]`; after the pass `advance` makes them part of it.
     """
 
-    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
+    def __init__(
+        self, caches: Sequence[KVCache], counts: Sequence[int], scheme: Scheme = CAUSAL
+    ) -> None:
         for cache, count in zip(caches, counts, strict=True):
             cache.reserve(cache.length + count)
-        self.caches, self.counts = list(caches), list(counts)
+        self.caches, self.counts, self.scheme = list(caches), list(counts), scheme
 
     def positions(self, device: torch.device) -> Tensor:
         """Positions (N,) of the new tokens in their sequences."""
@@ -68,12 +70,13 @@ class CachedAttention:
         return torch.tensor(self.counts, device=device).cumsum(0) - 1
 
     def rotary(self, rope: Rope, positions: Tensor, dtype: torch.dtype) -> Rotary:
-        """One table for queries and keys."""
-        return rope.tables(positions, dtype)
+        """The scheme's tables."""
+        longest = max(c.length + n for c, n in zip(self.caches, self.counts, strict=True))
+        return self.scheme.rotary(rope, positions, longest, dtype)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Store k and v (N, K, D) after rotation; q (N, H, D) sees its sequence up to itself."""
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        queries, k = self.scheme.rotate(q, k, rotary)
         out, first = [], 0
         for cache, count in zip(self.caches, self.counts, strict=True):
             new = slice(first, first + count)
@@ -81,7 +84,8 @@ class CachedAttention:
             keys, values = cache.keys[layer], cache.values[layer]
             keys[cache.length : end] = k[new]
             values[cache.length : end] = v[new]
-            out.append(causal_attention(q[new], keys[:end], values[:end]))
+            rotated = [q[new] for q in queries]
+            out.append(self.scheme.attend(layer, rotated, keys[:end], values[:end]))
             first += count
         return out[0] if len(out) == 1 else torch.cat(out)
 

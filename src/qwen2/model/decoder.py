@@ -6,13 +6,14 @@ modules and parameters are those of the published checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen2.model.attention import AttentionContext, SelfAttention
+from qwen2.model.attention import AttentionContext, PackedAttention, SelfAttention, scheme_of
+from qwen2.model.cache import CachedAttention, KVCache
 from qwen2.model.config import ModelConfig
 from qwen2.model.linear import Linear
 from qwen2.model.mlp import MLP
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rope = Rope(config.head_dim, config.rope_theta)
+        self.rope = Rope(config.head_dim, config.rope_theta, config.yarn)
 
     def forward(
         self,
@@ -91,6 +92,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.scheme = scheme_of(config)
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -99,6 +101,14 @@ class Qwen2(nn.Module):
         """Make the head the embedding, where the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def packed(self, lengths: Sequence[int]) -> PackedAttention:
+        """The attention context of documents laid end to end, as the configuration has it."""
+        return PackedAttention(lengths, self.scheme)
+
+    def cached(self, caches: Sequence[KVCache], counts: Sequence[int]) -> CachedAttention:
+        """The attention context of new tokens after cached ones, as the configuration has it."""
+        return CachedAttention(caches, counts, self.scheme)
 
     def fuse_projections(self) -> None:
         """Make inference faster: compute q, k, v as one product, and gate and up as one.

@@ -17,6 +17,7 @@ from qwen2.common.runtime import parse_dtype, pick_device
 from qwen2.model import hf_folder
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
+from qwen2.model.extend import DEFAULT, extend_context
 from qwen2.model.gguf_file import GGUFFile
 from qwen2.model.hf_folder import save
 from qwen2.model.stored import StoredTensor
@@ -58,18 +59,26 @@ class Checkpoint:
         """The number type called `name`; its own for `auto`."""
         return self.dtype if name == "auto" else parse_dtype(name)
 
-    def model(self, dtype: str, device: str) -> Qwen2:
-        """The module with its parameters; see `load`."""
+    def model(self, dtype: str, device: str, config: ModelConfig | None = None) -> Qwen2:
+        """The module with its parameters, by its own configuration or `config`; see `load`."""
         chosen = self.choose_dtype(dtype)
-        return build(self.config, self.tensors, self.path, chosen, pick_device(device))
+        return build(config or self.config, self.tensors, self.path, chosen, pick_device(device))
 
 
-def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tuple[Qwen2, Tokenizer]:
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    context: int | None = None,
+    extend: str = DEFAULT,
+) -> tuple[Qwen2, Tokenizer]:
     """The model and tokenizer of `name`: a folder in HF layout, a .gguf file or a hub name.
 
     `dtype` is fp32, bf16 or fp16; `auto` is the checkpoint's own type for safetensors, and bf16,
     the published type, for GGUF. Parameters already in that type stay mapped from the file, copy
-    on write.
+    on write. `context` makes the model ready for so many tokens; beyond the length that it was
+    trained on `extend` says by what (see extend.py).
 
     Raises:
         UserError: nothing of that name, or a checkpoint that is broken or not of this model.
@@ -77,7 +86,10 @@ def load(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> tupl
     checkpoint = open_checkpoint(name)
     with ThreadPoolExecutor(1) as other:  # the one computes while the other reads
         reading = other.submit(checkpoint.tokenizer)
-        model = checkpoint.model(dtype, device)
+        config = checkpoint.config
+        if context is not None:
+            config = extend_context(config, context, extend)
+        model = checkpoint.model(dtype, device, config)
         return model, reading.result()
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress, say
-from qwen2.model.attention import PackedAttention
 from qwen2.model.decoder import Qwen2
 from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
@@ -131,7 +130,7 @@ def batch_loss(
     """
     device = model.device
     tokens, positions = batch.tokens.to(device), batch.positions.to(device)
-    hidden = model.model(tokens, positions, PackedAttention(batch.lengths), routing)
+    hidden = model.model(tokens, positions, model.packed(batch.lengths), routing)
     return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count)
 
 
