@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from qwen2.model.config import ModelConfig
+from qwen2.model.config import Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.tokenizer import Tokenizer
 
@@ -52,6 +52,18 @@ def wide(tiny: ModelConfig) -> ModelConfig:
     return tiny.model_copy(update=sizes)
 
 
+@pytest.fixture
+def mixture(tiny: ModelConfig) -> ModelConfig:
+    """The miniature with 8 routed experts of which 3, and shared ones."""
+    moe = Mixture(
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    )
+    return tiny.model_copy(update={"moe": moe})
+
+
 @pytest.fixture(scope="session")
 def write_gguf() -> Callable[..., None]:
     return _write_gguf
@@ -73,12 +85,13 @@ def _write_gguf(
     type_: Type = Type.F32,
     *,
     vocabulary: int | None = None,
-    architecture: str = "qwen2",
+    architecture: str | None = None,
     change: Callable[[dict[str, np.ndarray]], None] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Write a random model with matrices of `type_`, by the gguf package's own writer."""
-    writer = gguf.GGUFWriter(path, architecture)
+    own = "qwen2moe" if config.moe else "qwen2"
+    writer = gguf.GGUFWriter(path, architecture or own)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -88,19 +101,30 @@ def _write_gguf(
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     _add_vocabulary(writer, vocabulary or config.vocab_size)
+    if config.moe:
+        writer.add_expert_count(config.moe.num_experts)
+        writer.add_expert_used_count(config.moe.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe.moe_intermediate_size)
+        writer.add_expert_shared_feed_forward_length(config.moe.shared_expert_intermediate_size)
+    adders = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
     for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+        adders[type(value)](f"{own}.{key}", value)
     rng = np.random.default_rng(0)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Qwen2(config).named_parameters()}
-    arrays = {
-        _gguf_name(name): rng.normal(0.1, 0.2, tuple(shape)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
+    arrays = {}
+    for name, shape in shapes.items():
+        array = rng.normal(0.1, 0.2, tuple(shape)).astype(np.float32)
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+                arrays[_gguf_name(name.replace("gate_up", part))] = np.ascontiguousarray(half)
+        else:  # the converter stores the gate of the shared experts as a vector
+            gate = name.endswith("shared_expert_gate.weight")
+            arrays[_gguf_name(name)] = array[0] if gate else array
     if change:
         change(arrays)
     for name, array in arrays.items():
-        kind = type_ if array.ndim == 2 else Type.F32
+        kind = type_ if array.ndim > 1 and "ffn_gate_inp" not in name else Type.F32
         writer.add_tensor(name, _stored(array, kind, rng), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -146,11 +170,15 @@ def _stored(array: np.ndarray, kind: Type, rng: np.random.Generator) -> np.ndarr
 
 
 def _gguf_name(name: str) -> str:
-    """llama.cpp's name of a published one, as the gguf package has it."""
+    """llama.cpp's name of a published one or a stack, as the gguf package has it."""
+    if not name.endswith((".weight", ".bias")):
+        name += ".weight"
     module, kind = name.rsplit(".", 1)
-    return f"{_gguf_modules().get_name(module)}.{kind}"
+    found = (modules.get_name(module) for modules in _gguf_modules())
+    return f"{next(filter(None, found))}.{kind}"
 
 
 @cache
-def _gguf_modules() -> gguf.TensorNameMap:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 8)
+def _gguf_modules() -> list[gguf.TensorNameMap]:
+    architectures = gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN2MOE
+    return [gguf.get_tensor_name_map(architecture, 8) for architecture in architectures]

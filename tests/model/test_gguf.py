@@ -7,6 +7,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen2.common.errors import UserError
-from qwen2.model.config import ModelConfig
+from qwen2.model.config import ModelConfig, Yarn
 from qwen2.model.dequantise import can_dequantise
 from qwen2.model.hub import load, load_config, load_model
 
@@ -154,7 +155,7 @@ def test_other_architectures_are_named(
     tmp_path: Path, wide: ModelConfig, write_gguf: Writer
 ) -> None:
     write_gguf(tmp_path / "model.gguf", wide, architecture="llama")
-    with pytest.raises(UserError, match="architecture 'llama', expected 'qwen2'"):
+    with pytest.raises(UserError, match="architecture 'llama', expected 'qwen2' or 'qwen2moe'"):
         load_model(tmp_path / "model.gguf")
 
 
@@ -166,11 +167,112 @@ def test_the_vocabulary_must_fit_the_embedding(
         load_model(tmp_path / "model.gguf")
 
 
-def test_scaled_rotations_are_refused(
-    tmp_path: Path, wide: ModelConfig, write_gguf: Writer
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({}, Yarn(factor=4, original_max_position_embeddings=512)),
+        (
+            {"rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.0},
+            Yarn(factor=4, original_max_position_embeddings=128),
+        ),
+        (
+            {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0},
+            Yarn(factor=4, original_max_position_embeddings=512, beta_fast=16, beta_slow=2),
+        ),
+    ],
+)
+def test_yarn_is_read(
+    tmp_path: Path, wide: ModelConfig, write_gguf: Writer, extra: dict[str, Any], expected: Yarn
 ) -> None:
-    write_gguf(tmp_path / "model.gguf", wide, extra={"qwen2.rope.scaling.type": "yarn"})
-    with pytest.raises(UserError, match="rope scaling 'yarn'"):
+    write_gguf(tmp_path / "model.gguf", wide, extra=YARN | extra)
+    assert load_config(tmp_path / "model.gguf").yarn == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"rope.scaling.type": "linear"}, "rope scaling 'linear'"),
+        ({"rope.scaling.type": "yarn"}, "key 'factor' is missing"),
+        (
+            YARN | {"rope.scaling.attn_factor": 0.5},
+            r"qwen2\.rope\.scaling\.attn_factor is 0\.5; only 1",
+        ),
+        (YARN | {"rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1; only 0 is"),
+        (YARN | {"rope.scaling.factor": 4}, "must be of type float"),
+    ],
+)
+def test_other_scalings_of_rotations_are_refused(
+    tmp_path: Path, wide: ModelConfig, write_gguf: Writer, extra: dict[str, Any], message: str
+) -> None:
+    write_gguf(tmp_path / "model.gguf", wide, extra=extra)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path / "model.gguf")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def wide_mixture(wide: ModelConfig, mixture: ModelConfig) -> ModelConfig:
+    """Experts of different heights, all of rows of 256."""
+    assert mixture.moe is not None
+    sizes = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}
+    return wide.model_copy(update={"moe": mixture.moe.model_copy(update=sizes)})
+
+
+@pytest.mark.parametrize("type_", [Type.F32, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q6_K])
+def test_a_mixture_equals_gguf_reader(
+    tmp_path: Path,
+    wide_mixture: ModelConfig,
+    write_gguf: Writer,
+    read_gguf: Reader,
+    gguf_name: Callable[[str], str],
+    type_: Type,
+) -> None:
+    path = tmp_path / "model.gguf"
+    with np.errstate(all="ignore"):
+        write_gguf(path, wide_mixture, type_)
+        expected = read_gguf(path)
+        model = load_model(path, dtype="fp32")
+        half = load_model(path)
+    assert model.config == wide_mixture.model_copy(update={"eos_token_id": 259})
+    assert len(expected) == len(model.state_dict()) + 1  # gate and up lie apart
+    for name, tensor in model.state_dict().items():
+        if name.endswith("gate_up_proj"):
+            parts = [expected[gguf_name(name.replace("gate_up", part))] for part in ("gate", "up")]
+            other = torch.cat(parts, dim=1)
+        else:
+            other = expected[gguf_name(name)].view(tensor.shape)
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(tensor, other, **same)
+        torch.testing.assert_close(half.state_dict()[name], other.bfloat16(), **same)
+
+
+def test_the_gate_of_shared_experts_may_be_a_matrix(
+    tmp_path: Path, wide_mixture: ModelConfig, write_gguf: Writer
+) -> None:
+    def widen(arrays: dict[str, np.ndarray]) -> None:
+        arrays["blk.0.ffn_gate_inp_shexp.weight"] = arrays["blk.0.ffn_gate_inp_shexp.weight"][None]
+
+    write_gguf(tmp_path / "vector.gguf", wide_mixture)
+    write_gguf(tmp_path / "matrix.gguf", wide_mixture, change=widen)
+    gates = [
+        load_model(tmp_path / f"{kind}.gguf").model.layers[0].mlp.shared_expert_gate.weight
+        for kind in ("vector", "matrix")
+    ]
+    assert gates[0].shape == (1, 256)
+    assert torch.equal(*gates)
+
+
+def test_a_mixture_without_its_stacks_names_what_is_missing(
+    tmp_path: Path, wide_mixture: ModelConfig, write_gguf: Writer
+) -> None:
+    def remove(arrays: dict[str, np.ndarray]) -> None:
+        del arrays["blk.0.ffn_up_exps.weight"]
+
+    write_gguf(tmp_path / "model.gguf", wide_mixture, change=remove)
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.experts\.up_proj' is missing$"):
         load_model(tmp_path / "model.gguf")
 
 

@@ -1,4 +1,4 @@
-"""Loading needs little more memory than the weights: measured, in a process of its own."""
+"""Loading and upcycling need little memory: measured, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
-from qwen2.model.hub import save
+from qwen2.model.hub import load_config, save
 from qwen2.tokenizer import Tokenizer
 
 pytestmark = [
@@ -105,3 +105,36 @@ def test_gguf_to_bf16(
     write_gguf(tmp_path / "small.gguf", small, type_)
     peak = peaks(tmp_path / "small.gguf", tmp_path / "middling.gguf", "bf16")
     assert 0.9 < peak["loaded"] <= peak["touched"] < 1.15
+
+
+UPCYCLING = """
+import json, pathlib, sys
+from qwen2.model.upcycle import UpcycleConfig, upcycle
+
+def kilobytes(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+small, path, out = sys.argv[1:]
+upcycle(small, pathlib.Path(out) / "small", UpcycleConfig(experts=8))
+before = kilobytes("VmRSS:")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+config = upcycle(path, pathlib.Path(out) / "mixture", UpcycleConfig(expert_size=304))
+print(json.dumps({"peak": 1024 * (kilobytes("VmHWM:") - before)}))
+"""
+
+
+def test_upcycling_holds_one_layer(tmp_path: Path, folder: Path, middling: ModelConfig) -> None:
+    command = [sys.executable, "-c", UPCYCLING, str(folder / "small"), str(folder / "middling")]
+    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
+    peak = json.loads(result.stdout)["peak"]
+    mixture = load_config(tmp_path / "mixture")
+    written = sum(p.stat().st_size for p in (tmp_path / "mixture").glob("*.safetensors"))
+    embedding = mixture.vocab_size * mixture.hidden_size
+    layer = 2 * (mixture.num_parameters() - 2 * embedding) // mixture.num_hidden_layers
+    dense_ffn = 2 * 3 * mixture.hidden_size * mixture.intermediate_size
+    assert written > 5 * layer
+    # A file of the output, of a layer at most; the dense FFN; what makes a tensor of it; and holes
+    # in the heap as large as the embedding, when that follows smaller tensors.
+    assert peak < 1.1 * layer + 2 * dense_ffn + 2 * embedding
+    assert peak < 2 * middling.num_parameters() + layer

@@ -170,7 +170,8 @@ class ModelConfig(Config):
         if moe is None:
             return 3 * C * self.intermediate_size
         routed = moe.num_experts * (C + 3 * C * moe.moe_intermediate_size)
-        return routed + 3 * C * moe.shared_expert_intermediate_size + C
+        width = moe.shared_expert_intermediate_size
+        return routed + (3 * C * width + C if width else 0)
 
     def _num_idle_parameters(self) -> int:
         if self.moe is None:

@@ -17,6 +17,7 @@ from qwen2.model.cache import CachedAttention, KVCache
 from qwen2.model.config import ModelConfig
 from qwen2.model.linear import Linear
 from qwen2.model.mlp import MLP
+from qwen2.model.moe import MoE, Routing
 from qwen2.model.rope import Rope, Rotary
 
 
@@ -42,12 +43,19 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(C, eps)
         self.self_attn = SelfAttention(config, index)
         self.post_attention_layernorm = RMSNorm(C, eps)
-        self.mlp = MLP(C, config.intermediate_size)
+        self.mlp = MoE(config) if config.moe else MLP(C, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotary: Rotary, attention: AttentionContext) -> Tensor:
-        """x (N, C) -> (N, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        attention: AttentionContext,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """x (N, C) -> (N, C); a mixture adds what its router did to `routing`."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed, routing) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
 
 class Decoder(nn.Module):
@@ -60,12 +68,21 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(config.head_dim, config.rope_theta, config.yarn)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
-        """tokens and positions (N,) -> hidden states after the final norm (N, C)."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: AttentionContext,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """tokens and positions (N,) -> hidden states after the final norm (N, C).
+
+        A mixture's layers add what their routers did to `routing`, where it is given.
+        """
         x = self.embed_tokens(tokens)  # (N, C)
         rotary = attention.rotary(self.rope, positions, x.dtype)
         for layer in self.layers:
-            x = layer(x, rotary, attention)
+            x = layer(x, rotary, attention, routing)
         return self.norm(x)
 
 

@@ -1,14 +1,15 @@
 """Checkpoints in GGUF files: weights, configuration, vocabulary and chat template in one.
 
-Tensors keep llama.cpp's names in the file and get the published ones here. The architecture
-`qwen2` pairs the units of a head as the published checkpoints do, so nothing is permuted.
+Tensors keep llama.cpp's names in the file and get the published ones here. The architectures
+`qwen2` and `qwen2moe` pair the units of a head as the published checkpoints do, so nothing is
+permuted.
 """
 
 from __future__ import annotations
 
 import mmap
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
 from qwen2.model.dequantise import can_dequantise, dequantise
 from qwen2.model.gguf_header import TensorInfo, read_header
-from qwen2.model.hf_config import config_from_hf
+from qwen2.model.hf_config import DENSE, MIXTURE, config_from_hf
 from qwen2.model.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _REQUIRED = object()
 
-_IGNORED = {"rope_freqs.weight"}  # factors of long-context scaling, which is refused if it is on
+_IGNORED = {"rope_freqs.weight"}  # factors of scalings other than YARN, which are refused
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -48,6 +49,16 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_EXPERTS = {  # stacks, which have no `.weight` at their names, see stacks.py
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -57,6 +68,20 @@ _SIZES = {
     "num_key_value_heads": "attention.head_count_kv",
     "max_position_embeddings": "context_length",
 }
+_MIXTURE_SIZES = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+# Scales of YARN's temperature and of its ramp: with these values, they change nothing.
+_PLAIN_YARN = {
+    "attn_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_ext_factor": 1.0,
+    "yarn_log_multiplier": 0.0,
+}
+_ARCHITECTURES = {"qwen2": DENSE, "qwen2moe": MIXTURE}
 
 
 @dataclass(frozen=True)
@@ -108,11 +133,14 @@ class GGUFFile:
         header = read_header(path, data)
         data.madvise(mmap.MADV_DONTNEED)  # the header's pages are done with
         self._fields = header.fields
-        architecture = self._field("general.architecture", str)
-        if architecture != "qwen2":
-            raise UserError(f"{path}: a model of architecture {architecture!r}, expected 'qwen2'")
+        self.architecture = self._field("general.architecture", str)
+        if self.architecture not in _ARCHITECTURES:
+            known = " or ".join(map(repr, _ARCHITECTURES))
+            raise UserError(
+                f"{path}: a model of architecture {self.architecture!r}, expected {known}"
+            )
         self.tensors = {
-            _published_name(name): GGUFTensor(path, data, info)
+            _published_name(name): GGUFTensor(path, data, _as_matrix(name, info))
             for name, info in header.tensors.items()
             if name not in _IGNORED
         }
@@ -122,7 +150,9 @@ class GGUFFile:
 
     def config(self) -> ModelConfig:
         """The model's shape, from the metadata; the vocabulary's size is the embedding's."""
-        values = {name: self._field(f"qwen2.{key}", int) for name, key in _SIZES.items()}
+        kind = _ARCHITECTURES[self.architecture]
+        sizes = _SIZES if kind == DENSE else _SIZES | _MIXTURE_SIZES
+        values = {name: self._own(key, int) for name, key in sizes.items()}
         embedding = self.tensors.get(EMBEDDING)
         if embedding is None:
             raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
@@ -131,14 +161,13 @@ class GGUFFile:
             raise UserError(
                 f"{self.path}: a vocabulary of {tokens} tokens, but {embedding.shape[0]} embeddings"
             )
-        epsilon = np.float32(self._field("qwen2.attention.layer_norm_rms_epsilon", float))
         return config_from_hf(
             values
             | {
-                "model_type": "qwen2",
+                "model_type": kind,
                 "vocab_size": embedding.shape[0],
-                "rms_norm_eps": float(str(epsilon)),  # 1e-6 is meant, not its nearest float32
-                "rope_theta": self._field("qwen2.rope.freq_base", float, 10_000.0),
+                "rms_norm_eps": _meant(self._own("attention.layer_norm_rms_epsilon", float)),
+                "rope_theta": self._own("rope.freq_base", float, 10_000.0),
                 "rope_scaling": self._rope_scaling(),
                 "tie_word_embeddings": HEAD not in self.tensors,
                 "eos_token_id": self._field("tokenizer.ggml.eos_token_id", int, None),
@@ -163,8 +192,27 @@ class GGUFFile:
         )
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self._field("qwen2.rope.scaling.type", str, "none")
-        return None if kind == "none" else {"rope_type": kind}
+        """YARN as llama.cpp has it, in the words of config.json."""
+        kind = self._own("rope.scaling.type", str, "none")
+        if kind == "none":
+            return None
+        for key, plain in _PLAIN_YARN.items():
+            if (value := self._own(f"rope.scaling.{key}", float, plain)) != plain:
+                name = f"{self.architecture}.rope.scaling.{key}"
+                raise UserError(f"{self.path}: {name} is {value:g}; only {plain:g} is known")
+        given = {
+            "factor": self._own("rope.scaling.factor", float, None),
+            "original_max_position_embeddings": self._own(
+                "rope.scaling.original_context_length", int, None
+            ),
+            "beta_fast": self._own("rope.scaling.yarn_beta_fast", float, None),
+            "beta_slow": self._own("rope.scaling.yarn_beta_slow", float, None),
+        }
+        return {"rope_type": kind} | {k: v for k, v in given.items() if v is not None}
+
+    def _own(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """The field `key` of the architecture."""
+        return self._field(f"{self.architecture}.{key}", kind, default)
 
     def _strings(self, key: str) -> list[str]:
         values: list[str] = self._field(key, list)
@@ -193,6 +241,20 @@ def _map(path: Path, offset: int = 0, size: int = 0) -> mmap.mmap:
 def _published_name(name: str) -> str:
     """The published name of one of llama.cpp's; an unknown one stays as it is."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if layer and layer[2] in _EXPERTS and layer[3] == "weight":
+        return f"model.layers.{layer[1]}.{_EXPERTS[layer[2]]}"
     if layer and layer[2] in _LAYER:
         return f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"
     return _TOP.get(name, name)
+
+
+def _as_matrix(name: str, info: TensorInfo) -> TensorInfo:
+    """llama.cpp's converter stores the gate of the shared experts, (1, C), as a vector."""
+    if name.endswith(".ffn_gate_inp_shexp.weight") and len(info.shape) == 1:
+        return replace(info, shape=(1, *info.shape))
+    return info
+
+
+def _meant(value: float) -> float:
+    """The shortest decimal of a float32: 1e-6 is meant, not its nearest float32."""
+    return float(str(np.float32(value)))

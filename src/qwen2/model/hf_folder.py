@@ -6,8 +6,9 @@ refused: unpickling runs whatever code the file holds.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,15 @@ from qwen2.common.files import durable_folder
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.hf_config import config_from_hf, config_to_hf
+from qwen2.model.stacks import published
 from qwen2.model.weights import HEAD
 
 if TYPE_CHECKING:
     from qwen2.tokenizer import Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+MAX_SHARD_BYTES = 5 * 10**9
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -53,7 +57,15 @@ class SafeTensor:
     def read_rows(self, start: int, out: Tensor) -> None:
         """Copy rows; the file is opened anew, so that its pages leave memory with the mapping."""
         with _clear_errors(self.path), safe_open(self.path, framework="pt") as file:
-            out.copy_(file.get_slice(self.name)[start : start + len(out)])
+            part = file.get_slice(self.name)
+            if len(self.shape) < 3:
+                out.copy_(part[start : start + len(out)])
+                return
+            outer, skip = divmod(start, self.shape[1])
+            while len(out):
+                rows = out[: self.shape[1] - skip]
+                rows.copy_(part[outer, skip : skip + len(rows)])
+                outer, skip, out = outer + 1, 0, out[len(rows) :]
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -96,19 +108,54 @@ def save(
     tokenizer: Tokenizer,
     folder: Path,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write `folder` in the Hugging Face layout, with tokenizer and manifest, or nothing.
-
-    `dtype` None keeps the model's. Weights of more than `max_shard_bytes` are sharded.
+    """Write `model` as `write_folder` does; `dtype` None keeps the model's.
 
     Raises:
         UserError: the folder exists and `overwrite` is false, or the disk is full.
     """
-    dtype = dtype or model.dtype
+    chosen = dtype or model.dtype
+    own = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del own[HEAD]
+    # Experts become a matrix each, as published: a view, so nothing is copied before its shard.
+    state = dict(pair for name, tensor in own.items() for pair in published(name, tensor))
+    write_folder(
+        folder,
+        model.config,
+        tokenizer,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        lambda name: state[name].to("cpu", chosen).contiguous(),
+        chosen,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    notes: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Write `folder` in the Hugging Face layout, with tokenizer and manifest, or nothing.
+
+    `tensor` is asked for each name of `shapes` once, in their order, and answers in `dtype` on the
+    CPU. One shard at a time is in memory, of `max_shard_bytes` at most, unless a single tensor is
+    larger. `notes` are further JSON files by name.
+
+    Raises:
+        UserError: the folder exists and `overwrite` is false, or the disk is full.
+    """
     number_type = str(dtype).removeprefix("torch.")
-    config = model.config
     own = [] if config.eos_token_id is None else np.atleast_1d(config.eos_token_id).tolist()
     generation = {
         "eos_token_id": sorted(tokenizer.stop_ids.union(own)),
@@ -116,37 +163,61 @@ def save(
     }
     if not own:
         config = config.model_copy(update={"eos_token_id": tokenizer.eos_id})
-    with durable_folder(folder, overwrite=overwrite) as partial:
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    with durable_folder(folder, overwrite=overwrite) as partial, plain_io_errors():
         _write_json(partial / "config.json", config_to_hf(config, number_type))
         _write_json(partial / "generation_config.json", generation)
+        for name, values in (notes or {}).items():
+            _write_json(partial / name, values)
         tokenizer.save(partial)
-        _save_weights(model, partial, dtype, max_shard_bytes)
+        _write_weights(partial, sizes, tensor, max_shard_bytes)
 
 
-def _save_weights(model: Qwen2, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state[HEAD]
-    size = {name: tensor.numel() * dtype.itemsize for name, tensor in state.items()}
-    shards: list[list[str]] = [[]]
-    for name in state:
-        if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
+def _write_weights(
+    folder: Path,
+    sizes: Mapping[str, int],
+    tensor: Callable[[str], Tensor],
+    max_shard_bytes: int,
+) -> None:
+    """Write tensors of `sizes` bytes in their order; each is asked for when its shard's turn is."""
+    shards = plan_shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        # One shard at a time is on the CPU in the type of the file.
-        part = {name: state[name].to("cpu", dtype).contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        # The call alone holds the tensors: they are gone before those of the next shard are made.
+        save_file({n: tensor(n) for n in names}, folder / file, metadata={"format": "pt"})
         # The library makes files that only their owner may read.
         (folder / file).chmod((folder / "config.json").stat().st_mode)
     if len(shards) > 1:
         _write_json(
             folder / INDEX,
-            {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map},
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
         )
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Names of each shard: in order, as many as fit; what is larger by itself stands alone."""
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+@contextmanager
+def plain_io_errors() -> Iterator[None]:
+    """safetensors wraps the operating system's errors in text: unwrap a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, "no space left on device") from error
+        raise
 
 
 def _sharded(index: Path) -> dict[str, SafeTensor]:

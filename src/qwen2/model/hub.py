@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,49 @@ from qwen2.model.decoder import Qwen2
 from qwen2.model.extend import DEFAULT, extend_context
 from qwen2.model.gguf_file import GGUFFile
 from qwen2.model.hf_folder import save
-from qwen2.model.weights import EMBEDDING, StoredTensor, build
+from qwen2.model.stored import StoredTensor
+from qwen2.model.weights import EMBEDDING, build
 
 if TYPE_CHECKING:
     from qwen2.tokenizer import Tokenizer
 
-__all__ = ["load", "load_config", "load_model", "locate", "save"]
+__all__ = ["Checkpoint", "load", "load_config", "load_model", "locate", "open_checkpoint", "save"]
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers are read, and no weights yet."""
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]  # by published name
+    dtype: torch.dtype  # its own; bf16, the published type, for GGUF
+    read_tokenizer: Callable[[], Tokenizer]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: it is missing or broken, or has ids beyond the embedding.
+        """
+        tokenizer = self.read_tokenizer()
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"{self.path}: token ids up to {tokenizer.vocab_size - 1}, but "
+                f"{self.config.vocab_size} embeddings; the tokenizer is another model's"
+            )
+        return tokenizer
+
+    def choose_dtype(self, name: str) -> torch.dtype:
+        """The number type called `name`; its own for `auto`."""
+        return self.dtype if name == "auto" else parse_dtype(name)
+
+    def model(self, dtype: str, device: str, config: ModelConfig | None = None) -> Qwen2:
+        """The module with its parameters, by its own configuration or `config`; see `load`."""
+        chosen = self.choose_dtype(dtype)
+        return build(config or self.config, self.tensors, self.path, chosen, pick_device(device))
 
 
 def load(
@@ -47,35 +83,36 @@ def load(
     Raises:
         UserError: nothing of that name, or a checkpoint that is broken or not of this model.
     """
-    from qwen2.tokenizer import Tokenizer
-
-    path = locate(name)
-    source = _open(path)
-    read = source.tokenizer if isinstance(source, GGUFFile) else lambda: Tokenizer.load(path)
+    checkpoint = open_checkpoint(name)
     with ThreadPoolExecutor(1) as other:  # the one computes while the other reads
-        reading = other.submit(read)
-        config = _config(source)
+        reading = other.submit(checkpoint.tokenizer)
+        config = checkpoint.config
         if context is not None:
             config = extend_context(config, context, extend)
-        model = _build(source, config, dtype, device)
-        tokenizer = reading.result()
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{path}: token ids up to {tokenizer.vocab_size - 1}, but {model.config.vocab_size} "
-            "embeddings; the tokenizer is another model's"
-        )
-    return model, tokenizer
+        model = checkpoint.model(dtype, device, config)
+        return model, reading.result()
 
 
 def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Qwen2:
     """The model alone; see `load`."""
-    source = _open(locate(name))
-    return _build(source, _config(source), dtype, device)
+    return open_checkpoint(name).model(dtype, device)
+
+
+def open_checkpoint(name: str | Path) -> Checkpoint:
+    """Read the headers of `name` alone; see `load`."""
+    path = locate(name)
+    if path.is_dir():
+        config, tensors = hf_folder.read_config(path), hf_folder.stored_tensors(path)
+        dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.bfloat16
+        return Checkpoint(path, config, tensors, dtype, lambda: _tokenizer_of(path))
+    file = GGUFFile(path)
+    return Checkpoint(path, file.config(), file.tensors, torch.bfloat16, file.tokenizer)
 
 
 def load_config(name: str | Path) -> ModelConfig:
     """The configuration alone; see `load`. A hub name is fetched whole."""
-    return _config(_open(locate(name)))
+    path = locate(name)
+    return hf_folder.read_config(path) if path.is_dir() else GGUFFile(path).config()
 
 
 def locate(name: str | Path) -> Path:
@@ -99,22 +136,7 @@ def locate(name: str | Path) -> Path:
         ) from error
 
 
-def _open(path: Path) -> Path | GGUFFile:
-    """A folder as it is, a file by its reader."""
-    return path if path.is_dir() else GGUFFile(path)
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    from qwen2.tokenizer import Tokenizer
 
-
-def _config(source: Path | GGUFFile) -> ModelConfig:
-    return source.config() if isinstance(source, GGUFFile) else hf_folder.read_config(source)
-
-
-def _build(source: Path | GGUFFile, config: ModelConfig, dtype: str, device: str) -> Qwen2:
-    """The model of `config` with the weights of a folder or file."""
-    tensors: Mapping[str, StoredTensor]
-    if isinstance(source, Path):
-        where, tensors = source, hf_folder.stored_tensors(source)
-        own = tensors[EMBEDDING].dtype if EMBEDDING in tensors else None
-    else:
-        where, tensors, own = source.path, source.tensors, None
-    chosen = (own or torch.bfloat16) if dtype == "auto" else parse_dtype(dtype)
-    return build(config, tensors, where, chosen, pick_device(device))
+    return Tokenizer.load(folder)

@@ -13,8 +13,9 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.linear import end_to_end
+from qwen2.model.stacks import Joined, Piece, layout_of, pieces_of
+from qwen2.model.stored import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -33,24 +36,6 @@ dequantising takes in between stays in the cache."""
 
 # Buffers that older versions of transformers saved; they follow from the configuration.
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-
-
-class StoredTensor(Protocol):
-    """A tensor in a file, not yet read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape, known from the file's header."""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The number type in which it can be mapped as it is; None when it is quantised."""
-
-    def mapped(self) -> Tensor:
-        """The whole tensor as a private mapping of the file; only where `dtype` is not None."""
-
-    def read_rows(self, start: int, out: Tensor) -> None:
-        """Fill `out` (rows, ...) with the rows from `start` on, in out's type, on its device."""
 
 
 def build(
@@ -65,11 +50,33 @@ def build(
     Raises:
         UserError: a tensor is missing, unknown or of a wrong shape, or a tied head differs.
     """
-    stored = {name: tensor for name, tensor in stored.items() if not _IGNORED.fullmatch(name)}
+    model, sources = checked(config, stored, where)
+    state = _read_all(sources, list(model.fusible()), dtype, device)
+    if config.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def checked(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], where: Path
+) -> tuple[Qwen2, dict[str, StoredTensor]]:
+    """The module of `config` on the meta device, and where `stored` has each of its parameters.
+
+    A tied head is not among them.
+
+    Raises:
+        UserError: as `build`.
+    """
+    stored = {n: tensor for n, tensor in stored.items() if not _is_ignored(n, config)}
     model = _meta_module(config, stored, where)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings and HEAD not in stored:
-        del expected[HEAD]
+        del shapes[HEAD]
+    layout = layout_of(stored)
+    pieces = {name: pieces_of(name, shape, layout) for name, shape in shapes.items()}
+    expected = {piece.name: piece.shape for parts in pieces.values() for piece in parts}
     _check_names(expected, stored, where)
     for name, shape in expected.items():
         if stored[name].shape != shape:
@@ -79,17 +86,30 @@ def build(
             )
     if config.tie_word_embeddings:
         _check_tied(stored, where)
-        expected.pop(HEAD, None)
-    state = _read_all(expected, stored, list(model.fusible()), dtype, device)
-    if config.tie_word_embeddings:
-        state[HEAD] = state[EMBEDDING]
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    return model
+        shapes.pop(HEAD, None)
+    return model, {name: _source(shape, pieces[name], stored) for name, shape in shapes.items()}
+
+
+def read(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the whole tensor in `dtype`, in memory of its own."""
+    tensor = torch.empty(stored.shape, dtype=dtype)
+    _fill([(stored, tensor)])
+    return tensor
+
+
+def _source(
+    shape: tuple[int, ...], pieces: list[Piece], stored: Mapping[str, StoredTensor]
+) -> StoredTensor:
+    return stored[pieces[0].name] if len(pieces) == 1 else Joined(shape, pieces, stored)
+
+
+def _is_ignored(name: str, config: ModelConfig) -> bool:
+    """Whether a stored tensor says nothing: also a gate before shared experts of no width."""
+    no_shared = config.moe is not None and not config.moe.shared_expert_intermediate_size
+    return bool(_IGNORED.fullmatch(name)) or (no_shared and ".mlp.shared_expert" in name)
 
 
 def _read_all(
-    names: Collection[str],
     stored: Mapping[str, StoredTensor],
     groups: Sequence[Sequence[str]],
     dtype: torch.dtype,
@@ -99,24 +119,24 @@ def _read_all(
 
     Those that are converted lie end to end where `groups` says so.
     """
-    converted = {name for name in names if stored[name].dtype != dtype}
+    converted = {name for name in stored if stored[name].dtype != dtype}
     groups = [group for group in groups if converted.issuperset(group)]
     alone = converted.difference(*groups)
-    state = {name: stored[name].mapped().to(device) for name in names if name not in converted}
-    for group in [*groups, *([name] for name in names if name in alone)]:
+    state = {name: stored[name].mapped().to(device) for name in stored if name not in converted}
+    for group in [*groups, *([name] for name in stored if name in alone)]:
         shapes = [torch.Size(stored[name].shape) for name in group]
         state.update(zip(group, end_to_end(shapes, dtype, device), strict=True))
     # All memory that stays has been taken: what conversion takes and returns leaves no holes in it.
-    _in_threads(
-        lambda name, start, rows: stored[name].read_rows(start, state[name][start : start + rows]),
-        [
-            (name, *block)
-            for name in names
-            if name in converted
-            for block in _row_blocks(stored[name])
-        ],
-    )
+    _fill([(stored[name], state[name]) for name in stored if name in converted])
     return state
+
+
+def _fill(pairs: Sequence[tuple[StoredTensor, Tensor]]) -> None:
+    """Read each stored tensor into the one beside it, in blocks of rows."""
+    _in_threads(
+        lambda stored, out, start, rows: stored.read_rows(start, _rows(out, start, rows)),
+        [(*pair, *block) for pair in pairs for block in _row_blocks(pair[0])],
+    )
 
 
 def _in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:
@@ -135,12 +155,18 @@ def _in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> 
 
 def _row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
     """(start, rows) of consecutive blocks; a vector is one."""
-    count, *rest = stored.shape
-    if not rest:
-        return [(0, count)]
+    *outer, width = stored.shape
+    if not outer:
+        return [(0, width)]
     elements = QUANTISED_BLOCK if stored.dtype is None else PLAIN_BLOCK
-    step = max(1, elements // torch.Size(rest).numel())
+    count, step = prod(outer), max(1, elements // width)
     return [(start, min(step, count - start)) for start in range(0, count, step)]
+
+
+def _rows(tensor: Tensor, start: int, count: int) -> Tensor:
+    """Rows of the last dimension (count, width); of a vector, elements."""
+    flat = tensor.flatten(0, -2) if tensor.ndim > 2 else tensor
+    return flat[start : start + count]
 
 
 def _meta_module(config: ModelConfig, stored: Collection[str], where: Path) -> Qwen2:

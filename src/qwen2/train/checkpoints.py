@@ -14,12 +14,10 @@ its manifest is used; a damaged one is named and passed over.
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from qwen2.common.config import Config, one_line
 from qwen2.common.errors import UserError
 from qwen2.common.files import durable_folder, remove_leftovers, verify_folder
 from qwen2.common.progress import say
+from qwen2.model.hf_folder import plain_io_errors
 
 
 @dataclass
@@ -68,7 +67,7 @@ def save_checkpoint(
     target = folder / f"step-{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with durable_folder(target, overwrite=True) as partial, _plain_io_errors():
+        with durable_folder(target, overwrite=True) as partial, plain_io_errors():
             save_file({n: p.detach() for n, p in masters.items()}, partial / "weights.safetensors")
             save_file(_optimizer_tensors(masters, optimizer), partial / "optimizer.safetensors")
             save_file({"torch": torch.get_rng_state()}, partial / "rng.safetensors")
@@ -173,14 +172,3 @@ def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.iterdir():
         if found := re.fullmatch(r"step-(\d{8,})", path.name):
             yield int(found[1]), path
-
-
-@contextmanager
-def _plain_io_errors() -> Iterator[None]:
-    """safetensors wraps the operating system's errors in text: unwrap a full disk."""
-    try:
-        yield
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, "no space left on device") from error
-        raise

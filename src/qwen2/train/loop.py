@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +23,14 @@ from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress, say
 from qwen2.model.decoder import Qwen2
+from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen2.train.flops import step_flops
 from qwen2.train.loss import IGNORE, chunked_cross_entropy
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.precision import MasterWeights
+from qwen2.train.router import RouterLosses
 from qwen2.train.signals import stop_on_signals
 
 Evaluate = Callable[[Qwen2], dict[str, Any]]
@@ -56,15 +58,18 @@ class LoopSettings(Config):
     checkpoint_every: int = Field(default=500, gt=0)  # steps
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
     evaluate_every: int = Field(default=500, gt=0)  # steps
+    z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; loss in nats a token, the norm before clipping."""
+    """What one step did; cross-entropy in nats a token, the norm before clipping."""
 
     loss: float
     grad_norm: float
     applied: bool
+    routers: dict[str, Any] = field(default_factory=dict)
+    """Metrics of a mixture's routers; empty for a dense model."""
 
 
 @dataclass
@@ -77,17 +82,29 @@ class Trainee:
 
 
 def train_step(
-    trainee: Trainee, batches: Sequence[PackedBatch], lr: float, clip: float
+    trainee: Trainee,
+    batches: Sequence[PackedBatch],
+    lr: float,
+    clip: float,
+    z_loss: float = 0.0,
 ) -> StepResult:
-    """One update from `batches` at learning rate `lr`, or none when it would not be finite."""
+    """One update from `batches` at learning rate `lr`, or none when it would not be finite.
+
+    A mixture's gradient is that of the cross-entropy and of its routers' losses, see router.py.
+    """
     model, weights, optimizer = trainee.model, trainee.weights, trainee.optimizer
+    moe = model.config.moe
     count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+    routers = moe and RouterLosses(moe, z_loss, sum(len(batch.tokens) for batch in batches))
     loss = 0.0
     for batch in batches:
-        part = batch_loss(model, batch, count)
+        routing = Routing(moe, model.device) if moe else None
+        part = batch_loss(model, batch, count, routing)
+        loss += part.item()
+        if routers and routing:
+            part = part + routers.add(routing, len(batch.tokens))
         part.backward()
         weights.collect_gradients()
-        loss += part.item()
     masters = list(weights.masters.values())
     gradients = [master.grad for master in masters if master.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -101,15 +118,19 @@ def train_step(
         optimizer.step()
         weights.publish()
     weights.drop_gradients()
-    return StepResult(loss, grad_norm, applied)
+    return StepResult(loss, grad_norm, applied, routers.figures() if routers else {})
 
 
-def batch_loss(model: Qwen2, batch: PackedBatch, count: int | None = None) -> Tensor:
-    """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean)."""
+def batch_loss(
+    model: Qwen2, batch: PackedBatch, count: int | None = None, routing: Routing | None = None
+) -> Tensor:
+    """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean).
+
+    What a mixture's routers did is added to `routing`.
+    """
     device = model.device
-    hidden = model.model(
-        batch.tokens.to(device), batch.positions.to(device), model.packed(batch.lengths)
-    )
+    tokens, positions = batch.tokens.to(device), batch.positions.to(device)
+    hidden = model.model(tokens, positions, model.packed(batch.lengths), routing)
     return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count)
 
 
@@ -189,7 +210,7 @@ class Run:
         for _ in range(self.settings.max_skips):
             began = time.perf_counter()
             batches = [next(self.loader) for _ in range(self.settings.accumulation)]
-            result = train_step(self.trainee, batches, lr, self.settings.clip)
+            result = train_step(self.trainee, batches, lr, self.settings.clip, self.settings.z_loss)
             seconds = time.perf_counter() - began
             if result.applied:
                 break
@@ -211,6 +232,7 @@ class Run:
             "tokens_per_s": round(sum(lengths) / seconds, 1),
             "mfu": round(flops / seconds / self.peak_flops, 4),
             "tokens": self.state.tokens,
+            **result.routers,
         }
         self.metrics.write(line)
         return line
