@@ -59,7 +59,7 @@ def measure(chosen: Any) -> dict[str, Any]:
     """Loss by position of each method, and its mean in each octave of the trained length."""
     import qwen2
     from qwen2.common.plot import standalone
-    from qwen2.evaluate.positions import nats_by_position, position_chart
+    from qwen2.evaluate.positions import nats_by_position, octaves, position_chart
     from qwen2.model.extend import METHODS, extended, with_config
 
     model, tokenizer = qwen2.load(chosen.model)
@@ -71,39 +71,25 @@ def measure(chosen: Any) -> dict[str, Any]:
     for method in METHODS[::-1]:
         longer = extended(model, chosen.length, method)
         longer.fuse_projections()
-        by_method[method] = nats_by_position(longer.eval(), documents, chosen.length, 32)
+        by_method[method] = nats_by_position(longer.eval(), documents, chosen.length)
         print(method, by_method[method].nats, file=sys.stderr)
     if chosen.svg:
         series = {LABELS[method]: by for method, by in by_method.items()}
         chosen.svg.write_text(standalone(position_chart(series)))
-    octaves = {}
-    for times in (1, 2, 4, 8):
-        start, stop = trained * times // 2 if times > 1 else 0, trained * times
-        if stop <= chosen.length:
-            octaves[f"{times}x"] = {
-                LABELS[method]: round(mean_between(by, start, stop), 4)
-                for method, by in by_method.items()
-            }
+    by_octave = {
+        f"{start}-{stop}": {
+            LABELS[method]: round(by.mean(start, stop), 4) for method, by in by_method.items()
+        }
+        for start, stop in octaves(trained, chosen.length)
+    }
     return {
         "model": Path(chosen.model).name,
         "trained_length": trained,
         "length": chosen.length,
         "documents": len(documents),
-        "nats_up_to": octaves,
+        "nats_at_positions": by_octave,
         "by_position": {LABELS[method]: asdict(by) for method, by in by_method.items()},
     }
-
-
-def mean_between(by: Any, start: int, stop: int) -> float:
-    """Mean loss of the buckets inside start:stop."""
-    inside = [
-        (nats, tokens)
-        for first, last, nats, tokens in zip(
-            by.edges, by.edges[1:], by.nats, by.tokens, strict=False
-        )
-        if start <= first and last <= stop
-    ]
-    return sum(nats * tokens for nats, tokens in inside) / sum(tokens for _, tokens in inside)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
 from qwen2.model.attention import PackedAttention
 from qwen2.model.hub import load
-from qwen2.pipeline import quickstart
 from qwen2.pipeline.quickstart import STAGES, QuickRun, QuickstartRecipe, terminal_summary
+from qwen2.pipeline.report import read_metrics, write_report
 from qwen2.pipeline.stages import run_stages
 
 SMALL = [
@@ -28,7 +28,10 @@ SMALL = [
     "model.hidden_size=48",
     "model.intermediate_size=64",
     "model.num_hidden_layers=2",
+    "model.max_position_embeddings=64",
     "context=64",
+    "long_context=256",
+    "upcycle={experts: 4, experts_per_token: 2, expert_size: 16, shared_size: 64}",
     "rows=2",
     "evaluated_kilobytes=4",
     "watched_kilobytes=1",
@@ -47,10 +50,40 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
 
 def test_every_stage_leaves_its_result(run: QuickRun) -> None:
     assert list(run.results) == [stage.name for stage in STAGES]
-    assert run.results["pretrain"]["steps"] == 6
+    assert [run.results[s]["steps"] for s in ("pretrain", "long_context", "mixture")] == [6, 6, 6]
     bits = run.results["evaluate"]["bits_per_byte"]
     assert set(bits) == set(run.results["evaluate"]["bytes"]) >= {"code", "docstrings"}
     assert all(0 < value < 20 for values in bits.values() for value in values.values())
+
+
+def test_the_long_context_is_trained_and_measured(run: QuickRun) -> None:
+    result = run.results["long_context"]
+    assert (result["trained_length"], result["length"]) == (64, 256)
+    assert set(result["positions"]) == {"before", "after"}
+    assert set(result["methods"]) == {"none", "yarn", "dca", "dca+yarn"}
+    for by in (*result["positions"].values(), *result["methods"].values()):
+        assert by["edges"][-1] == 256
+        assert all(0 < nats < 20 for nats in by["nats"])
+    config = load(run.folder / "model")[0].config
+    assert (config.rope_theta, config.max_position_embeddings) == (1_000_000.0, 256)
+    # Within the trained length plain RoPE and both ways of DCA are one and the same.
+    first = [result["methods"][name]["nats"][0] for name in ("none", "dca", "dca+yarn")]
+    assert first == pytest.approx([first[0]] * 3, rel=1e-3)
+
+
+def test_the_dense_model_is_upcycled_and_trained(run: QuickRun) -> None:
+    result = run.results["mixture"]
+    model, _ = load(run.folder / result["model"])
+    start, _ = load(run.folder / "mixture" / "start")
+    assert model.config.moe == start.config.moe
+    assert model.config.moe is not None
+    assert model.config.moe.num_experts == 4
+    assert sum(result["expert_share"]) == pytest.approx(1, abs=1e-4)
+    assert result["dropped"] == 0
+    assert result["active_parameters"] < result["parameters"] == model.config.num_parameters()
+    gate = "model.layers.0.mlp.gate.weight"
+    assert not torch.equal(model.state_dict()[gate], start.state_dict()[gate])
+    assert list(result["bits_per_byte"]) == ["dense", "upcycled", "trained further"]
 
 
 class Page(html.parser.HTMLParser):
@@ -73,7 +106,7 @@ def test_the_report_is_one_page_without_scripts_or_resources(run: QuickRun) -> N
     assert "script" not in page.tags
     assert "link" not in page.tags
     assert not page.resources
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6
     assert "url(" not in text
     assert "xz -9" in text
 
@@ -84,13 +117,13 @@ def test_markup_in_the_model_s_words_is_shown_not_run(run: QuickRun, tmp_path: P
     metrics = run.folder / results["pretrain"]["metrics"]
     (tmp_path / "pretrain").mkdir()
     (tmp_path / results["pretrain"]["metrics"]).write_bytes(metrics.read_bytes())
-    quickstart.write_report(tmp_path, results, run.recipe.model_dump(mode="json"))
+    write_report(tmp_path, results, run.recipe.model_dump(mode="json"))
     assert "<script" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_terminal_gets_one_screenful(run: QuickRun) -> None:
     lines = terminal_summary(run).splitlines()
-    assert len(lines) <= 24
+    assert len(lines) <= 26
     assert any("zstd -19" in line for line in lines)
 
 
@@ -142,7 +175,7 @@ def test_a_signal_during_training_stops_the_run_and_it_goes_on(
 
     def losses(some: QuickRun) -> list[float]:
         path = some.folder / some.results["pretrain"]["metrics"]
-        return [line["loss"] for line in quickstart.read_metrics(path) if "loss" in line]
+        return [line["loss"] for line in read_metrics(path) if "loss" in line]
 
     assert len(losses(resumed)) == 6
     assert losses(resumed) == pytest.approx(losses(replace(resumed, folder=run.folder)), rel=1e-3)

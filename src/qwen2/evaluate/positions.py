@@ -20,7 +20,7 @@ from qwen2.evaluate.score import token_nats
 from qwen2.model.decoder import Qwen2
 from qwen2.model.extend import METHODS, extended
 
-BUCKETS = 16
+BUCKETS = 32
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class PositionNats:
     def perplexity(self) -> list[float]:
         """exp of the mean loss in each bucket."""
         return [math.exp(min(value, 700.0)) for value in self.nats]  # e^710 is no float
+
+    def mean(self, start: int, stop: int) -> float:
+        """Mean loss of the buckets that begin in start:stop; NaN when none does."""
+        inside = [i for i, edge in enumerate(self.edges[:-1]) if start <= edge < stop]
+        tokens = sum(self.tokens[i] for i in inside)
+        return sum(self.nats[i] * self.tokens[i] for i in inside) / tokens if tokens else math.nan
 
 
 def nats_by_position(
@@ -84,6 +90,14 @@ def nats_by_method(
         method: nats_by_position(extended(model, length, method), documents, length, buckets)
         for method in METHODS
     }
+
+
+def octaves(trained: int, length: int) -> list[tuple[int, int]]:
+    """The trained length, then from each multiple of it to the double, up to `length`."""
+    bounds = [(0, trained)]
+    while bounds[-1][1] < length:
+        bounds.append((bounds[-1][1], min(2 * bounds[-1][1], length)))
+    return bounds
 
 
 def position_chart(series: Mapping[str, PositionNats]) -> str:

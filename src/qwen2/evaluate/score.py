@@ -8,7 +8,7 @@ the first tokens see at least half a context (strided windows, as is usual for p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,19 @@ def score_text(
     ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
     nats = float(token_nats(model, ids, context).sum())
     return Score(nats, len(ids) - 1, len(text.encode()))
+
+
+def score_by_kind(
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    texts: Mapping[str, Sequence[str]],
+    context: int = DEFAULT_CONTEXT,
+) -> dict[str, Score]:
+    """The score of all texts of each kind together."""
+    return {
+        kind: sum((score_text(model, tokenizer, text, context) for text in each), Score())
+        for kind, each in texts.items()
+    }
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ def run_long_context(recipe: LongContextRecipe) -> LongContextResult:
     """
     if recipe.held_out is None:
         return LongContextResult(**vars(long_context(recipe)))
-    documents = _Documents(Shards(recipe.held_out), recipe.context)
+    documents = LongDocuments(Shards(recipe.held_out), recipe.context)
     result = long_context(recipe, before=lambda: _measure(recipe, BEFORE, recipe.init, documents))
     if result.model is not None:
         _measure(recipe, AFTER, result.model, documents)
@@ -55,7 +55,7 @@ def run_long_context(recipe: LongContextRecipe) -> LongContextResult:
 
 
 def _measure(
-    recipe: LongContextRecipe, moment: str, name: str | Path, documents: _Documents
+    recipe: LongContextRecipe, moment: str, name: str | Path, documents: LongDocuments
 ) -> None:
     """Add the figures of model `name` to positions.json, unless they are there."""
     path = recipe.out / "positions.json"
@@ -98,12 +98,24 @@ def _chart(figures: dict[str, Any]) -> str:
     )
 
 
-class _Documents:
-    """The first `DOCUMENTS` of `shards` that have `length` tokens, each from `<|endoftext|>` on."""
+def read_positions(path: Path) -> dict[str, PositionNats]:
+    """What positions.json holds, by moment: before and after."""
+    return {
+        moment: PositionNats(at["edges"], at["nats"], at["tokens"])
+        for moment, at in _read(path).items()
+    }
 
-    def __init__(self, shards: Shards, length: int) -> None:
+
+class LongDocuments:
+    """The first `most` of `shards` that have `length` tokens, each from `<|endoftext|>` on.
+
+    Raises:
+        UserError: there is none.
+    """
+
+    def __init__(self, shards: Shards, length: int, most: int = DOCUMENTS) -> None:
         self.shards, self.length = shards, length
-        self._numbers = np.flatnonzero(shards.lengths >= length)[:DOCUMENTS].tolist()
+        self._numbers = np.flatnonzero(shards.lengths >= length)[:most].tolist()
         if not self._numbers:
             raise UserError(
                 f"held_out {shards.folder}: its longest document has {shards.lengths.max()} "

@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen2.common.files import durable_write
 from qwen2.common.plot import bar_chart, line_chart
+from qwen2.evaluate.positions import PositionNats, octaves, position_chart
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -40,6 +41,8 @@ def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> N
         *_summary(results, recipe, metrics),
         *_bits(results["evaluate"]),
         *_curves(metrics),
+        *_long_context(results["long_context"]),
+        *_mixture(results["mixture"]),
         *_samples(results["talk"]["samples"]),
         *_corpus(results),
         *_stages(results),
@@ -85,7 +88,9 @@ def _summary(
     tiles = {
         "parameters": f"{trained['parameters'] / 1e6:.2f}M",
         "tokens trained on": f"{trained['tokens'] / 1e6:.2f}M",
-        "bits per byte, held-out": f"{mean['model']:.3f}",
+        "bits per byte, held-out": f"{mean['long context']:.3f}",
+        "tokens of context": f"{results['long_context']['length']:,}",
+        "mixture of experts": f"{results['mixture']['parameters'] / 1e6:.1f}M",
         "the same by xz -9": f"{mean['xz -9']:.3f}",
         "tokens a second": f"{median_of(lines, 'tokens_per_s'):,.0f}",
         "of the matmul peak (MFU)": f"{median_of(lines, 'mfu'):.0%}",
@@ -118,7 +123,8 @@ def _bits(evaluated: Mapping[str, Any]) -> list[str]:
     return [
         "<h2>Bits per byte on held-out text</h2>",
         "<p>How many bits it takes to write down a byte of text that was kept out of training: "
-        "the model scores each document alone, the compressors have all of a kind at once.</p>",
+        "a model scores each document alone, the compressors have all of a kind at once. The model "
+        "with the long context and the mixture both go on from the pre-trained one.</p>",
         bar_chart(bits, "bits per byte"),
         f"<table><tr><th>kind</th>{head}<th>bytes</th></tr>{''.join(rows)}</table>",
     ]
@@ -139,6 +145,61 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         "<h2>Training</h2>",
         line_chart({"training loss": smooth}, "step", "nats per token"),
         line_chart(held, "step", "held-out bits per byte"),
+    ]
+
+
+METHODS = {"none": "plain RoPE", "yarn": "static YARN", "dca": "DCA", "dca+yarn": "DCA + YARN"}
+
+
+def _long_context(result: Mapping[str, Any]) -> list[str]:
+    trained, length = result["trained_length"], result["length"]
+    by_moment = {moment: PositionNats(**by) for moment, by in result["positions"].items()}
+    by_method = {METHODS[name]: PositionNats(**by) for name, by in result["methods"].items()}
+    rows = []
+    for name, by in {**by_method, "after the long-context stage": by_moment["after"]}.items():
+        cells = "".join(f"<td>{by.mean(*bounds):.3f}</td>" for bounds in octaves(trained, length))
+        rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+    reach = [f"{start:,} to {stop:,}" for start, stop in octaves(trained, length)]
+    head = "".join(f"<th>{bounds}</th>" for bounds in reach)
+    return [
+        "<h2>Longer contexts</h2>",
+        f"<p>Pre-training sees {trained:,} tokens at a time. Loss on held-out documents by the "
+        f"position of the token, up to {length:,}: a model that uses its context gets better with "
+        "it, one that has not learnt such positions fails where its training ended. First the "
+        "long-context stage, which raises the base of the rotations and trains on long rows:</p>",
+        position_chart(by_moment),
+        "<p>The pre-trained model again, without any further training, through each way of "
+        "extending a context:</p>",
+        position_chart(by_method),
+        f"<table><tr><th>nats per token at positions</th>{head}</tr>{''.join(rows)}</table>",
+    ]
+
+
+def _mixture(result: Mapping[str, Any]) -> list[str]:
+    share: Sequence[float] = result["expert_share"]
+    bits: Mapping[str, Mapping[str, float]] = result["bits_per_byte"]
+    head = "".join(f"<th>{escape(name)}</th>" for name in bits)
+    kinds = next(iter(bits.values()))
+    rows = "".join(
+        f"<tr><td>{escape(kind)}</td>"
+        + "".join(f"<td>{values[kind]:.3f}</td>" for values in bits.values())
+        + "</tr>"
+        for kind in kinds
+    )
+    return [
+        "<h2>A mixture of experts</h2>",
+        f"<p>The pre-trained model's MLPs upcycled to {len(share)} experts each, shuffled, cut and "
+        f"half of each at random again: {result['parameters'] / 1e6:.1f}M parameters, "
+        f"{result['active_parameters'] / 1e6:.1f}M active for a token, then "
+        f"{result['tokens'] / 1e6:.2f}M tokens of further training. Bits per byte on a little "
+        "held-out text:</p>",
+        f"<table><tr><th>kind</th>{head}</tr>{rows}</table>",
+        "<p>Where the tokens of the last step went, over all layers "
+        f"(evenness {result['expert_entropy']:.3f} of 1, {result['dropped']} dropped):</p>",
+        bar_chart(
+            {str(expert): {"share of tokens": value} for expert, value in enumerate(share)},
+            "share of tokens",
+        ),
     ]
 
 
@@ -184,6 +245,8 @@ def _stages(results: Results) -> list[str]:
         "tokenizer": "tokenizer/",
         "shards": "shards/",
         "pretrain": "pretrain/ (recipe, metrics, checkpoint)",
+        "long_context": "long_context/ (the same, and loss by position)",
+        "mixture": "mixture/start/, mixture/train/",
         "evaluate": "stages/evaluate.json",
         "export": "model/",
         "talk": "stages/talk.json",
