@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from qwen2.common.errors import UserError
+from qwen2.common.runtime import in_threads
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.linear import end_to_end
@@ -108,7 +108,7 @@ def _read_all(
         shapes = [torch.Size(stored[name].shape) for name in group]
         state.update(zip(group, end_to_end(shapes, dtype, device), strict=True))
     # All memory that stays has been taken: what conversion takes and returns leaves no holes in it.
-    _in_threads(
+    in_threads(
         lambda name, start, rows: stored[name].read_rows(start, _rows(state[name], start, rows)),
         [
             (name, *block)
@@ -118,20 +118,6 @@ def _read_all(
         ],
     )
     return state
-
-
-def _in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:
-    """Call `work` with each of `items`, a thread for each of torch's and each on its own.
-
-    Torch's threads would meet after every small operator; apart, they take half the time.
-    """
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, *zip(*items, strict=True)):
-                pass
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
