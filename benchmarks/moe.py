@@ -73,11 +73,11 @@ def compare(dtype: Any, count: int, rounds: int) -> dict[str, Any]:
         side().backward(dy)
         return time.perf_counter() - began
 
+    repeats = 1 if count > 1 else 20  # a token alone takes less than a millisecond
     passes = {"forward": forward} | ({"training": both} if count > 1 else {})
     for kind, clock in passes.items():
-        # A pass takes milliseconds: a round's figure is the least of three.
         runs = {
-            name: lambda side=side, clock=clock: min(clock(side) for _ in range(3))
+            name: lambda side=side, clock=clock: sum(clock(side) for _ in range(repeats)) / repeats
             for name, side in sides.items()
         }
         seconds = alternate(runs, rounds)
