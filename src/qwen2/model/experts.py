@@ -102,10 +102,7 @@ def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     out = rows.new_empty(len(rows), matrices.shape[2])
 
     def product(expert: int, group: slice) -> None:
-        if group.stop - group.start == 1:  # reads the matrix faster, see linear.py
-            torch.mv(matrices[expert].t(), rows[group.start], out=out[group.start])
-        else:
-            torch.mm(rows[group], matrices[expert], out=out[group])
+        torch.mm(rows[group], matrices[expert], out=out[group])
 
     _for_each(product, _groups(counts), out.numel() * rows.shape[1])
     return out
