@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from qwen2.model.config import ModelConfig
+from qwen2.model.config import Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.hub import load_config, save
 from qwen2.tokenizer import Tokenizer
@@ -138,3 +138,27 @@ def test_upcycling_holds_one_layer(tmp_path: Path, folder: Path, middling: Model
     # in the heap as large as the embedding, when that follows smaller tensors.
     assert peak < 1.1 * layer + 2 * dense_ffn + 2 * embedding
     assert peak < 2 * middling.num_parameters() + layer
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_experts_are_stacked_without_keeping_their_source(
+    tmp_path: Path,
+    middling: ModelConfig,
+    random_model: Callable[..., Qwen2],
+    tokenizer: Tokenizer,
+    dtype: str,
+) -> None:
+    """16 experts of 8 layers, a file of single matrices, and saving it in two shards."""
+    moe = Mixture(
+        num_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=256,
+        shared_expert_intermediate_size=256,
+    )
+    config = middling.model_copy(update={"moe": moe})
+    small = config.model_copy(update={"num_hidden_layers": 1, "vocab_size": 320})
+    for name, shape in {"middling": config, "small": small}.items():
+        model = random_model(shape, torch.bfloat16)
+        save(model, tokenizer, tmp_path / name, max_shard_bytes=10**8)
+    peak = peaks(tmp_path / "small", tmp_path / "middling", dtype)
+    assert peak["loaded"] <= peak["touched"] < 1.15

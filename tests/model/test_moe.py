@@ -193,6 +193,32 @@ def test_grouped_equals_loop_in_every_number_type(dtype: torch.dtype) -> None:
         assert error < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_threads_of_their_own_change_no_value(
+    mode: type, mixture: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads, enough in ((1, 1 << 29), (3, 0)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr("qwen2.model.experts.ENOUGH", enough)
+            with mode():
+                model = build(mixture)
+                out = alone(model, tokens_of(mixture, 40))
+            if mode is torch.enable_grad:
+                out.square().mean().backward()
+            results.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(results[0]) == (
+        1 + len(list(model.parameters())) if mode is torch.enable_grad else 1
+    )
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_experts_without_tokens_are_not_touched() -> None:
     """One token, two experts of 32: those in between hold what would spoil any sum."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -58,3 +61,23 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:
+    """Call `work` with each of `items`, a thread for each of torch's and each on its own.
+
+    Torch's threads would meet after every small operator; apart, they take half the time. The work
+    is done without gradients, and in inference mode where the caller is.
+    """
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def quietly(item: tuple[Any, ...]) -> None:  # both modes are each thread's own
+        with torch.inference_mode() if inference else torch.no_grad():
+            work(*item)
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(quietly, items):
+                pass
+    finally:
+        torch.set_num_threads(threads)

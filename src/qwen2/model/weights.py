@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from qwen2.common.errors import UserError
+from qwen2.common.runtime import in_threads
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.linear import end_to_end
@@ -133,24 +133,10 @@ def _read_all(
 
 def _fill(pairs: Sequence[tuple[StoredTensor, Tensor]]) -> None:
     """Read each stored tensor into the one beside it, in blocks of rows."""
-    _in_threads(
+    in_threads(
         lambda stored, out, start, rows: stored.read_rows(start, _rows(out, start, rows)),
         [(*pair, *block) for pair in pairs for block in _row_blocks(pair[0])],
     )
-
-
-def _in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:
-    """Call `work` with each of `items`, a thread for each of torch's and each on its own.
-
-    Torch's threads would meet after every small operator; apart, they take half the time.
-    """
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, *zip(*items, strict=True)):
-                pass
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:

@@ -1,0 +1,41 @@
+"""Threads that each compute alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2.common.runtime import in_threads
+
+
+def test_every_item_is_done_once_by_threads_of_one() -> None:
+    done: list[int] = []
+    seen: set[int] = set()
+
+    def work(item: int) -> None:
+        done.append(item)
+        seen.add(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    in_threads(work, [(i,) for i in range(20)])
+    assert sorted(done) == list(range(20))
+    assert seen == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_modes_of_the_caller_hold_and_errors_arrive() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    modes: list[tuple[bool, bool]] = []
+
+    def work(_: int) -> None:
+        modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        torch.mul(parameter, 2, out=torch.empty(2))  # refused while gradients are on
+
+    in_threads(work, [(0,)])
+    with torch.inference_mode():
+        in_threads(work, [(0,)])
+    assert modes == [(False, False), (False, True)]
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda x: 1 / x, [(0,)])
+    assert torch.get_num_threads() == before
