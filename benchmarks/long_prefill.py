@@ -2,8 +2,8 @@
 
 Speed: both fill their own cache with the same tokens of real text, in turn, one piece of 2,048
 tokens each, so that a machine whose speed drifts changes both; the chunks are those of a model
-trained on 8,192 tokens, so that all three kinds of parts occur. Memory: prefills of growing length
-in processes of their own, with what `--context` turns on for the model as it is.
+trained on 8,192 tokens, so that all three kinds of parts occur. Memory: one prefill in a
+process of its own, with what `--context` turns on for the model as it is; the peak at some lengths.
 
     python benchmarks/long_prefill.py MODEL [--json] [--out FOLDER] [--length 32768]
         [--memory 8192,16384,32768,65536]
@@ -95,13 +95,10 @@ def measure_speed(name: str, length: int) -> dict[str, Any]:
 
 
 def measure_memory(name: str, lengths: list[int]) -> dict[str, Any]:
-    """Peak resident bytes by length, each in a process of its own."""
-    found = []
-    for length in lengths:
-        command = [sys.executable, __file__, name, "--one", str(length)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found.append(json.loads(done.stdout))
-        print(found[-1], file=sys.stderr)
+    """Peak resident bytes when so many tokens are in: one prefill, in a process of its own."""
+    command = [sys.executable, __file__, name, "--one", ",".join(map(str, lengths))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
     growth = [
         (b["peak_rss_bytes"] - a["peak_rss_bytes"]) / (b["length"] - a["length"])
         for a, b in itertools.pairwise(found)
@@ -109,8 +106,8 @@ def measure_memory(name: str, lengths: list[int]) -> dict[str, Any]:
     return {"memory": found, "peak_rss_bytes_per_further_token": [round(x) for x in growth]}
 
 
-def one(name: str, length: int) -> None:
-    """Prefill `length` tokens as `--context` has it; print seconds and peak memory."""
+def one(name: str, lengths: list[int]) -> None:
+    """Prefill as `--context` has it; print seconds and peak memory at each of `lengths`."""
     import torch
 
     import qwen2
@@ -118,23 +115,24 @@ def one(name: str, length: int) -> None:
 
     model, tokenizer = qwen2.load(name, context=131_072)
     model.fuse_projections()
-    ids = tokens_of_text(tokenizer, length)
+    ids = tokens_of_text(tokenizer, max(lengths))
     cache = KVCache(model.config, model.dtype, model.device)
-    loaded = forget_peak()
+    before, seconds, found = forget_peak(), 0.0, []
     with torch.inference_mode():
-        parts = [
-            prefill(model, ids[first : first + PIECE], cache, model.scheme)
-            for first in range(0, length, PIECE)
-        ]
-    figures = {
-        "length": length,
-        "seconds": round(sum(parts), 1),
-        "tokens_per_second": round(length / sum(parts), 1),
-        "peak_rss_bytes": resident("VmHWM"),
-        "rss_bytes_before": loaded,
-        "kv_cache_bytes": length * model.config.kv_bytes_per_token("bf16"),
-    }
-    print(json.dumps(figures))
+        for first in range(0, max(lengths), PIECE):
+            seconds += prefill(model, ids[first : first + PIECE], cache, model.scheme)
+            if cache.length in lengths:
+                figures = {
+                    "length": cache.length,
+                    "seconds": round(seconds, 1),
+                    "tokens_per_second": round(cache.length / seconds, 1),
+                    "peak_rss_bytes": resident("VmHWM"),
+                    "rss_bytes_before": before,
+                    "kv_cache_bytes": cache.length * model.config.kv_bytes_per_token("bf16"),
+                }
+                print(figures, file=sys.stderr)
+                found.append(figures)
+    print(json.dumps(found))
 
 
 def forget_peak() -> int:
@@ -155,10 +153,10 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=os.environ.get("QWEN2_REAL_CHECKPOINT"))
     parser.add_argument("--length", type=int, default=32_768, help="tokens of the comparison")
     parser.add_argument("--memory", default="8192,16384,32768,65536", help="lengths, or nothing")
-    parser.add_argument("--one", type=int, help="one length only, in this process")
+    parser.add_argument("--one", help="lengths to measure memory at, in this process")
     chosen = parser.parse_args()
     if chosen.one:
-        one(chosen.model, chosen.one)
+        one(chosen.model, [int(x) for x in chosen.one.split(",")])
         return
     lengths = [int(x) for x in chosen.memory.split(",") if x]
     if not chosen.model:

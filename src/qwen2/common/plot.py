@@ -14,6 +14,7 @@ Points = Sequence[tuple[float, float]]
 
 COLOURS = ["#3f6fd8", "#d8743f", "#3fa372", "#a04fc0", "#888888"]
 WIDTH, HEIGHT = 720, 300
+VALUE_WIDTH = 24  # of a bar that has room for its number
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 44
 
 
@@ -60,8 +61,11 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
             parts.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" '
                 f'height="{HEIGHT - BOTTOM - y:.1f}" fill="{COLOURS[index % len(COLOURS)]}"/>'
-                f'<text x="{x + width / 2:.1f}" y="{y - 4:.1f}" class="value">{value:.2f}</text>'
             )
+            if width >= VALUE_WIDTH:
+                parts.append(
+                    f'<text x="{x + width / 2:.1f}" y="{y - 4:.1f}" class="value">{value:.2f}</text>'
+                )
     return _frame("".join(parts), "", y_label, names)
 
 

@@ -27,7 +27,6 @@ from qwen2.tokens.shards import Shards
 from qwen2.train.long_context import LongContextRecipe, long_context
 from qwen2.train.stage import StageResult
 
-DOCUMENTS = 64  # of the held-out ones that are measured: 2M tokens at 32,768 each
 BEFORE, AFTER = "before", "after"
 
 
@@ -47,7 +46,7 @@ def run_long_context(recipe: LongContextRecipe) -> LongContextResult:
     """
     if recipe.held_out is None:
         return LongContextResult(**vars(long_context(recipe)))
-    documents = LongDocuments(Shards(recipe.held_out), recipe.context)
+    documents = LongDocuments(Shards(recipe.held_out), recipe.context, recipe.held_out_documents)
     result = long_context(recipe, before=lambda: _measure(recipe, BEFORE, recipe.init, documents))
     if result.model is not None:
         _measure(recipe, AFTER, result.model, documents)
@@ -113,7 +112,7 @@ class LongDocuments:
         UserError: there is none.
     """
 
-    def __init__(self, shards: Shards, length: int, most: int = DOCUMENTS) -> None:
+    def __init__(self, shards: Shards, length: int, most: int) -> None:
         self.shards, self.length = shards, length
         self._numbers = np.flatnonzero(shards.lengths >= length)[:most].tolist()
         if not self._numbers:

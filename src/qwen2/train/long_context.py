@@ -46,6 +46,8 @@ class LongContextRecipe(StageRecipe):
     long_share: float = Field(default=0.7, gt=0, lt=1)  # of the tokens; the rest is short text
     held_out: Path | None = None
     """A folder of shards, to measure perplexity by position on before and after."""
+    held_out_documents: int = Field(default=64, gt=0)
+    """How many of its long documents are read for that: 2M tokens at 32,768 each."""
 
 
 def long_context(
