@@ -63,8 +63,9 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
                 f'height="{HEIGHT - BOTTOM - y:.1f}" fill="{COLOURS[index % len(COLOURS)]}"/>'
             )
             if width >= VALUE_WIDTH:
+                middle = x + width / 2
                 parts.append(
-                    f'<text x="{x + width / 2:.1f}" y="{y - 4:.1f}" class="value">{value:.2f}</text>'
+                    f'<text x="{middle:.1f}" y="{y - 4:.1f}" class="value">{value:.2f}</text>'
                 )
     return _frame("".join(parts), "", y_label, names)
 
