@@ -12,6 +12,7 @@ import pytest
 
 import qwen2
 from qwen2.inference import SamplingParams, generate
+from qwen2.model.extend import extended, with_config
 from qwen2.tokenizer.chatml import ChatTemplate
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -34,6 +35,27 @@ def test_greedy_ids_with_the_cache(real_checkpoint: Path, dtype: str) -> None:
     assert completion.token_ids == ANSWER
     assert completion.text == "The capital of France is Paris."
     assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("extend", ["dca+yarn", "dca"])
+def test_a_longer_context_changes_no_short_answer(real_checkpoint: Path, extend: str) -> None:
+    model, tokenizer = qwen2.load(real_checkpoint, context=131_072, extend=extend)
+    assert model.config.context_length == 131_072
+    assert ask(model, tokenizer, "What is the capital of France?", 20).token_ids == ANSWER
+
+
+@pytest.mark.parametrize("extend", ["dca+yarn", "yarn"])
+def test_it_finds_what_was_said_many_chunks_ago(real_checkpoint: Path, extend: str) -> None:
+    """As if it had been trained on 512 tokens: the code is six times as far away."""
+    model, tokenizer = qwen2.load(real_checkpoint)
+    model = extended(with_config(model, max_position_embeddings=512), 8192, extend)
+    filler = "".join(f"Line {i}: the weather was fair and nothing happened.\n" for i in range(230))
+    question = (
+        f"The access code of the tower is 7481.\n{filler}\nWhat is the access code of the tower?"
+    )
+    completion = ask(model, tokenizer, question, 30)
+    assert len(completion.prompt_token_ids) > 6 * 512
+    assert "7481" in completion.text
 
 
 # What a small arithmetic function may be made of. No attribute, import or other call can be

@@ -181,4 +181,4 @@ def _gguf_name(name: str) -> str:
 @cache
 def _gguf_modules() -> list[gguf.TensorNameMap]:
     architectures = gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN2MOE
-    return [gguf.get_tensor_name_map(architecture, 8) for architecture in architectures]
+    return [gguf.get_tensor_name_map(architecture, 16) for architecture in architectures]

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen2.model import attend as attend_module
 from qwen2.model.attend import Part, attend, plain_part
@@ -225,6 +226,51 @@ def test_bf16_parts_are_merged_in_fp32() -> None:
     ours = (packed(scheme, q, k, v, [300]).double() - reference).abs().mean()
     ordinary = (one_part - one_reference).abs().mean()
     assert ours < 1.5 * ordinary
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple) else (result,)
+        sizes = [
+            x.untyped_storage().nbytes() // x.element_size() for x in made if isinstance(x, Tensor)
+        ]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_grows_with_the_square_of_the_length(dtype: torch.dtype) -> None:
+    """Forward, backward, and a prefill that goes on: at most all queries of one pass, T·H·D."""
+    T, H, D = 4096, 4, 8
+    scheme = DualChunkAttention(
+        DualChunk(chunk_size=512, local_size=64, original_max_position_embeddings=512)
+    )
+    q, k, v = (x.to(dtype) for x in random_qkv(T, 2, 2, D, 0))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with Largest() as whole:
+        packed(scheme, *leaves, [T]).float().square().mean().backward()
+    assert whole.elements <= 2 * T * H * D
+    config = ModelConfig(
+        vocab_size=9, hidden_size=H * D, intermediate_size=9, num_hidden_layers=1,
+        num_attention_heads=H, num_key_value_heads=2,
+    )  # fmt: skip
+    for some in (scheme, CAUSAL):
+        cache = KVCache(config, dtype, DEVICE)
+        with torch.no_grad(), Largest() as pieces:
+            for first in range(0, T, 1024):
+                new = slice(first, first + 1024)
+                context = CachedAttention([cache], [1024], some)
+                rotary = context.rotary(Rope(D, 100.0), context.positions(DEVICE), dtype)
+                context.attend(0, q[new], k[new], v[new], rotary)
+                context.advance()
+        assert pieces.elements <= 2 * T * H * D  # the cache's capacity doubles
 
 
 def test_temperature_by_hand() -> None:

@@ -17,6 +17,7 @@ from qwen2.model.cache import CachedAttention, KVCache
 from qwen2.model.config import PUBLISHED, Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.experts import grouped_experts, loop_experts
+from qwen2.model.extend import extended
 from qwen2.model.hf_config import config_to_hf
 from qwen2.model.moe import MoE, Routing, expert_entropy, expert_share, route, router_logits
 
@@ -191,6 +192,54 @@ def test_grouped_equals_loop_in_every_number_type(dtype: torch.dtype) -> None:
         assert ours.dtype == dtype
         error = (ours.double() - exact).norm() / exact.norm()
         assert error < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_s_grouped_product_gives_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA gets: `grouped_mm` after the sort, which works on the CPU too, only slower."""
+    used: list[int] = []
+    torch_s = F.grouped_mm
+
+    def grouped_mm(*args: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        used.append(len(offs))
+        return torch_s(*args, offs=offs)
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 16), (8, 48, 16), (8, 16, 24), (40, 3)]
+    first = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    ids = torch.rand(40, 8, generator=generator).argsort(-1)[:, :3]
+    ids[ids == 5] = 6  # an expert without tokens
+    results = []
+    for kernel in (True, False):
+        with monkeypatch.context() as patched:
+            patched.setattr("qwen2.model.experts._has_kernel", lambda *_, k=kernel: k)
+            patched.setattr("qwen2.model.experts.F.grouped_mm", grouped_mm)
+            inputs = [t.clone().requires_grad_() for t in first]
+            y = grouped_experts(*inputs[:3], ids, inputs[3])
+            y.square().sum().backward()
+        results.append([y, *(t.grad for t in inputs)])
+    assert used == [8] * 6, "two products forward, four back"
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["dca+yarn", "yarn"])
+def test_mixtures_extend_their_context_like_any_model(mixture: ModelConfig, way: str) -> None:
+    """Prefill and decode over several chunks equal one pass."""
+    short = mixture.model_copy(update={"max_position_embeddings": 16})
+    model = extended(build(short), 128, way)
+    tokens = tokens_of(mixture, 70)
+    cache = KVCache(model.config, torch.float32, tokens.device)
+    parts = []
+    for chunk in tokens.split([37, 20, *[1] * 13]):
+        context = model.cached([cache], [len(chunk)])
+        parts.append(model(chunk, context.positions(tokens.device), context))
+        context.advance()
+    whole = model(tokens, torch.arange(70), model.packed([70]))
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

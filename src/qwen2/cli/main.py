@@ -44,7 +44,6 @@ app.command()(chat.chat)
 app.command()(score.score)
 app.command()(convert.convert)
 app.add_typer(tokenizer.app, name="tokenizer")
-app.command()(convert.convert)
 app.command()(train.train)
 app.command()(upcycle.upcycle)
 
