@@ -20,7 +20,7 @@ from typing import Any
 from harness import alternate, finish, options, ratios, spread
 
 EXPERTS, ACTIVE, WIDTH, INTERMEDIATE, SHARED = 64, 8, 512, 256, 512
-TOKENS = (1024, 4096)
+TOKENS = (256, 1024, 4096)
 PEERS = ("eager", "grouped_mm")
 
 

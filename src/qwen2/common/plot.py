@@ -12,7 +12,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 
-COLOURS = ["#3f6fd8", "#d8743f", "#3fa372", "#a04fc0", "#888888"]
+COLOURS = ["#3f6fd8", "#d8743f", "#3fa372", "#a04fc0", "#888888", "#c4407c", "#2fa5b5"]
 WIDTH, HEIGHT = 720, 300
 VALUE_WIDTH = 24  # of a bar that has room for its number
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 44
