@@ -96,13 +96,14 @@ class Bench:
         self, name: str, seed: int, shape: dict[str, Any] | None, init: Path | None = None
     ) -> tuple[Path, list[tuple[int, float]], dict[str, Any]]:
         """The model, its held-out bits by step, and the last line of the training log."""
+        from qwen2.pipeline.quickstart.data import TRAIN_SHARDS
         from qwen2.train.pretrain import PretrainRecipe, pretrain
 
         recipe = PretrainRecipe.parse(
             {
                 "model": shape,
                 "init": str(init) if init else None,
-                "data": self.data / "shards",
+                "data": self.data / TRAIN_SHARDS,
                 "tokenizer": self.data / "tokenizer",
                 "out": self.work / f"{name.replace(' ', '-')}-{seed}",
                 "context": CONTEXT,
