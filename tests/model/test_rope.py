@@ -29,7 +29,7 @@ def ramp_bounds(d: int) -> tuple[int, int]:
 
 
 def test_by_hand() -> None:
-    """s = 4, L0 = 32,768, θ = 10⁶: the ramp's bounds as the report's notes have them."""
+    """s = 4, L0 = 32,768, θ = 10⁶: the bounds of the ramp for head widths 128 and 64."""
     assert ramp_bounds(128) == (23, 40)
     assert ramp_bounds(64) == (11, 20)
     yarn = Yarn(factor=4, original_max_position_embeddings=32_768)
