@@ -13,7 +13,6 @@ held-out ones.
 from __future__ import annotations
 
 import itertools
-import sys
 import sysconfig
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 # The harness imports qwen2, which sets OMP_WAIT_POLICY: before torch.
 from harness import finish, options
 
-LABELS = {"none": "plain RoPE", "yarn": "static YARN", "dca": "DCA", "dca+yarn": "DCA + YARN"}
 STDLIB = ("pydoc_data/topics.py", "_pydecimal.py", "turtle.py", "typing.py", "doctest.py")
 
 
@@ -59,26 +57,20 @@ def measure(chosen: Any) -> dict[str, Any]:
     """Loss by position of each method, and its mean in each octave of the trained length."""
     import qwen2
     from qwen2.common.plot import standalone
-    from qwen2.evaluate.positions import nats_by_position, octaves, position_chart
-    from qwen2.model.extend import METHODS, extended, with_config
+    from qwen2.evaluate.positions import nats_by_method, octaves, position_chart
+    from qwen2.model.extend import with_config
 
     model, tokenizer = qwen2.load(chosen.model)
     if chosen.trained:
         model = with_config(model, max_position_embeddings=chosen.trained)
     trained = model.config.trained_length
     documents = documents_of(tokenizer, chosen.texts, chosen.length, chosen.documents)
-    by_method = {}
-    for method in METHODS[::-1]:
-        longer = extended(model, chosen.length, method)
-        longer.fuse_projections()
-        by_method[method] = nats_by_position(longer.eval(), documents, chosen.length)
-        print(method, by_method[method].nats, file=sys.stderr)
+    by_method = nats_by_method(model.eval(), documents, chosen.length)
     if chosen.svg:
-        series = {LABELS[method]: by for method, by in by_method.items()}
-        chosen.svg.write_text(standalone(position_chart(series)))
+        chosen.svg.write_text(standalone(position_chart(by_method)))
     by_octave = {
         f"{start}-{stop}": {
-            LABELS[method]: round(by.mean(start, stop), 4) for method, by in by_method.items()
+            label: round(by.mean(start, stop), 4) for label, by in by_method.items()
         }
         for start, stop in octaves(trained, chosen.length)
     }
@@ -88,7 +80,7 @@ def measure(chosen: Any) -> dict[str, Any]:
         "length": chosen.length,
         "documents": len(documents),
         "nats_at_positions": by_octave,
-        "by_position": {LABELS[method]: asdict(by) for method, by in by_method.items()},
+        "by_position": {label: asdict(by) for label, by in by_method.items()},
     }
 
 

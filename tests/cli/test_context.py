@@ -74,6 +74,7 @@ def test_score_sees_as_far_as_it_is_told(folder: Path, tmp_path: Path) -> None:
         )
         assert "context 512 tokens: " in said
         scores[extend] = out["bits_per_byte"]
+    assert "beyond the 64 tokens of training" in said
     assert len(set(scores.values())) == 3
     capped, _ = run("score", folder, tmp_path / "long.txt", "--json")
     assert capped["bits_per_byte"] not in scores.values()

@@ -71,7 +71,10 @@ def test_what_cannot_be_is_one_line(tiny: ModelConfig) -> None:
 
 
 def test_what_is_on_is_said_in_one_line() -> None:
-    said = {method: describe_context(extend_context(BASE, 131_072, method)) for method in METHODS}
+    said = {
+        method: describe_context(extend_context(BASE, 131_072, method), BASE.trained_length)
+        for method in METHODS
+    }
     assert said["dca+yarn"] == (
         "context 131,072 tokens: dual chunk attention (chunks of 32,768, window 2,048) and YARN's "
         "temperature; up to 32,768 tokens nothing changes"
@@ -79,7 +82,17 @@ def test_what_is_on_is_said_in_one_line() -> None:
     assert "temperature" not in said["dca"]
     assert "static YARN, factor 4 over 32,768" in said["yarn"]
     assert "beyond the 32,768 tokens of training" in said["none"]
-    assert (
-        describe_context(PUBLISHED["0.5b"].model_copy(update={"max_position_embeddings": 512}))
-        == "context 512 tokens: as trained"
+    assert describe_context(BASE.model_copy(update={"max_position_embeddings": 512}), 512) == (
+        "context 512 tokens: as trained"
     )
+
+
+def test_what_is_said_of_a_miniature_is_so(tiny: ModelConfig) -> None:
+    """Trained on 512 tokens: an extended configuration alone does not say so any more."""
+    said = {m: describe_context(extend_context(tiny, 4096, m), 512) for m in METHODS}
+    assert "ordinary attention, beyond the 512 tokens of training" in said["none"]
+    assert "up to 512 tokens nothing changes" in said["dca"]
+    assert "up to 512 tokens nothing changes" in said["dca+yarn"]
+    chunk = DualChunk(chunk_size=64, local_size=40)
+    own = tiny.model_copy(update={"dual_chunk": chunk})
+    assert "up to 48 tokens nothing changes" in describe_context(own, 512)

@@ -12,6 +12,7 @@ import transformers
 
 from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
+from qwen2.evaluate.positions import LABELS
 from qwen2.model.attention import PackedAttention
 from qwen2.model.hub import load
 from qwen2.pipeline.quickstart import STAGES, QuickRun, QuickstartRecipe, terminal_summary
@@ -60,14 +61,14 @@ def test_the_long_context_is_trained_and_measured(run: QuickRun) -> None:
     result = run.results["long_context"]
     assert (result["trained_length"], result["length"]) == (64, 256)
     assert set(result["positions"]) == {"before", "after"}
-    assert set(result["methods"]) == {"none", "yarn", "dca", "dca+yarn"}
+    assert set(result["methods"]) == set(LABELS.values())
     for by in (*result["positions"].values(), *result["methods"].values()):
         assert by["edges"][-1] == 256
         assert all(0 < nats < 20 for nats in by["nats"])
     config = load(run.folder / "model")[0].config
     assert (config.rope_theta, config.max_position_embeddings) == (1_000_000.0, 256)
     # Within the trained length plain RoPE and both ways of DCA are one and the same.
-    first = [result["methods"][name]["nats"][0] for name in ("none", "dca", "dca+yarn")]
+    first = [result["methods"][name]["nats"][0] for name in ("plain RoPE", "DCA", "DCA + YARN")]
     assert first == pytest.approx([first[0]] * 3, rel=1e-3)
 
 

@@ -47,9 +47,9 @@ def load_for(
     """The model, ready for `context` tokens; says on stderr what that has turned on."""
     from qwen2.common.progress import say
     from qwen2.model.extend import describe_context
-    from qwen2.model.hub import load
+    from qwen2.model.hub import load, load_config
 
     loaded = load(model, dtype=dtype, device=device, context=context, extend=extend)
     if context is not None:
-        say(describe_context(loaded[0].config))
+        say(describe_context(loaded[0].config, load_config(model).trained_length))
     return loaded

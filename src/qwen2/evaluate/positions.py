@@ -21,6 +21,8 @@ from qwen2.model.decoder import Qwen2
 from qwen2.model.extend import METHODS, extended
 
 BUCKETS = 32
+LABELS = {"none": "plain RoPE", "yarn": "static YARN", "dca": "DCA", "dca+yarn": "DCA + YARN"}
+"""What charts and tables call the ways of extending a context."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ def nats_by_position(
     Raises:
         UserError: the model's positions end before `length`, or no document is long enough.
     """
-    if length > model.config.max_position_embeddings:
+    if length > model.config.context_length:
         raise UserError(
             f"length {length}: the model's configuration ends at "
-            f"{model.config.max_position_embeddings} positions"
+            f"{model.config.context_length} positions"
         )
     total, count = torch.zeros(length, dtype=torch.float64), 0
     for ids in documents:
@@ -85,9 +87,11 @@ def nats_by_position(
 def nats_by_method(
     model: Qwen2, documents: Sequence[Sequence[int]], length: int, buckets: int = BUCKETS
 ) -> dict[str, PositionNats]:
-    """The same documents by `nats_by_position` through each way of extending the context."""
+    """The same documents by `nats_by_position` through each way of extending, by its label."""
     return {
-        method: nats_by_position(extended(model, length, method), documents, length, buckets)
+        LABELS[method]: nats_by_position(
+            extended(model, length, method), documents, length, buckets
+        )
         for method in METHODS
     }
 

@@ -68,17 +68,19 @@ def extended(model: Qwen2, context: int, method: str = DEFAULT) -> Qwen2:
     return with_config(model, **dict(extend_context(model.config, context, method)))
 
 
-def describe_context(config: ModelConfig) -> str:
-    """In one line, how far `config` reaches and by what."""
-    trained, reach = config.trained_length, config.context_length
+def describe_context(config: ModelConfig, trained: int) -> str:
+    """In one line, how far `config` reaches and by what, for weights of `trained` tokens."""
+    reach = config.context_length
     if chunk := config.dual_chunk:
+        same = min(chunk.chunk_size, 2 * chunk.stride)  # all distances are the true ones
         heat = " and YARN's temperature" if chunk.original_max_position_embeddings else ""
         how = (
             f"dual chunk attention (chunks of {chunk.chunk_size:,}, window {chunk.local_size:,})"
-            f"{heat}; up to {trained:,} tokens nothing changes"
+            f"{heat}; up to {same:,} tokens nothing changes"
         )
     elif config.yarn:
-        how = f"static YARN, factor {config.yarn.factor:g} over {trained:,}; it changes short texts"
+        own = config.yarn.original_max_position_embeddings
+        how = f"static YARN, factor {config.yarn.factor:g} over {own:,}; it changes short texts"
     elif reach > trained:
         how = f"ordinary attention, beyond the {trained:,} tokens of training"
     else:

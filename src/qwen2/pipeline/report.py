@@ -89,9 +89,9 @@ def _summary(
         "parameters": f"{trained['parameters'] / 1e6:.2f}M",
         "tokens trained on": f"{trained['tokens'] / 1e6:.2f}M",
         "bits per byte, held-out": f"{mean['long context']:.3f}",
+        "the same by xz -9": f"{mean['xz -9']:.3f}",
         "tokens of context": f"{results['long_context']['length']:,}",
         "mixture of experts": f"{results['mixture']['parameters'] / 1e6:.1f}M",
-        "the same by xz -9": f"{mean['xz -9']:.3f}",
         "tokens a second": f"{median_of(lines, 'tokens_per_s'):,.0f}",
         "of the matmul peak (MFU)": f"{median_of(lines, 'mfu'):.0%}",
         "minutes in all": f"{seconds / 60:.1f}",
@@ -148,13 +148,10 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-METHODS = {"none": "plain RoPE", "yarn": "static YARN", "dca": "DCA", "dca+yarn": "DCA + YARN"}
-
-
 def _long_context(result: Mapping[str, Any]) -> list[str]:
     trained, length = result["trained_length"], result["length"]
     by_moment = {moment: PositionNats(**by) for moment, by in result["positions"].items()}
-    by_method = {METHODS[name]: PositionNats(**by) for name, by in result["methods"].items()}
+    by_method = {name: PositionNats(**by) for name, by in result["methods"].items()}
     rows = []
     for name, by in {**by_method, "after the long-context stage": by_moment["after"]}.items():
         cells = "".join(f"<td>{by.mean(*bounds):.3f}</td>" for bounds in octaves(trained, length))
