@@ -18,7 +18,7 @@ _SCALAR = re.compile(r"-?(0|[1-9]\d{0,999})(\.\d{1,999})?([eE][+-]?\d{1,9})?|tru
 _SCALAR_CHARS = frozenset("+-.0123456789eEtrufalsn")
 
 
-class _Malformed(Exception):
+class _MalformedError(Exception):
     pass
 
 
@@ -47,7 +47,7 @@ class ObjectScanner:
         for at in range(before, len(self.text)):
             try:
                 self._take(self.text[at], at)
-            except _Malformed:
+            except _MalformedError:
                 self.broken = True
                 self.text = self.text[:at]
                 return at - before
@@ -64,7 +64,7 @@ class ObjectScanner:
             if char in _SCALAR_CHARS:
                 return
             if not _SCALAR.fullmatch(self.text, self._start, at):
-                raise _Malformed
+                raise _MalformedError
             self._end_value(at)
         if char not in _SPACE:
             self._outside_string(char, at)
@@ -75,17 +75,17 @@ class ObjectScanner:
         elif char == "\\":
             self._escaped = True
         elif char < " ":
-            raise _Malformed
+            raise _MalformedError
         elif char == '"':
             try:
                 string = json.loads(self.text[self._start : at + 1])
             except ValueError:  # an escape that there is not
-                raise _Malformed from None
+                raise _MalformedError from None
             if self._expect == "string":
                 self._end_value(at + 1)
                 return
             if len(self._open) == 1 and string in self.values:
-                raise _Malformed
+                raise _MalformedError
             if len(self._open) == 1:
                 self._key = string
             self._expect = "colon"
@@ -98,7 +98,7 @@ class ObjectScanner:
             self._begin_value(at, "string")
         elif char in "{[" and (expect.startswith("value") or (expect, char) == ("object", "{")):
             if len(self._open) == MAX_DEPTH:
-                raise _Malformed
+                raise _MalformedError
             self._begin_value(at, "key or end" if char == "{" else "value or end")
             self._open.append(char)
         elif char in "}]" and expect.endswith("or end") and self._open[-1] + char in ("{}", "[]"):
@@ -111,7 +111,7 @@ class ObjectScanner:
         elif char in _SCALAR_CHARS and expect.startswith("value"):
             self._begin_value(at, "scalar")
         else:
-            raise _Malformed
+            raise _MalformedError
 
     def _begin_value(self, at: int, expect: str) -> None:
         self._start, self._expect = at, expect
