@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import qwen2  # noqa: F401  before torch: sets OMP_WAIT_POLICY, or a busy machine takes forever
+
+# isort: split
 import pytest
 import torch
 

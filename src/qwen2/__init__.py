@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwen2.inference import Engine, SamplingParams
     from qwen2.model.hub import load
 
 # Two OpenMP threads that spin beside another busy process run up to 15 times slower; waiting
@@ -16,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load"]
+__all__ = ["Engine", "SamplingParams", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from qwen2.model.hub import load
 
         return load
+    if name in ("Engine", "SamplingParams"):
+        from qwen2 import inference
+
+        return getattr(inference, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import qwen2
-from qwen2.inference import SamplingParams, generate
+from qwen2.inference import Engine, SamplingParams
 from qwen2.model.extend import extended, with_config
 from qwen2.tokenizer.chatml import ChatTemplate
 
@@ -24,7 +24,7 @@ def ask(model: Any, tokenizer: Any, question: str, tokens: int) -> Any:
     """Greedy answer under Qwen2's own template and system text."""
     messages = [{"role": "user", "content": question}]
     ids, _ = ChatTemplate().encode(tokenizer, messages, add_generation_prompt=True)
-    return generate(model, tokenizer, [ids], SamplingParams(max_tokens=tokens))[0]
+    return Engine(model, tokenizer).generate([ids], SamplingParams(max_tokens=tokens))[0]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from qwen2.common.errors import UserError
-from qwen2.inference.sampling import SamplingParams, candidates, penalize, sample
+from qwen2.inference.sampling import Sampler, SamplingParams, candidates, penalize, sample
 
 LOG = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 
@@ -46,13 +46,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[in
 
 def test_repetition_penalty_by_hand() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0])
-    assert penalize(logits, [0, 1, 1, 0], 2.0).tolist() == [1.0, -4.0, 1.0]
+    assert penalize(logits, torch.tensor([0, 1, 1, 0]), 2.0).tolist() == [1.0, -4.0, 1.0]
     assert logits.tolist() == [2.0, -2.0, 1.0]
 
 
 def test_greedy_ignores_the_generator() -> None:
     params = SamplingParams(temperature=0.0, top_k=3, top_p=0.5)
-    assert sample(LOG, [], params, params.generator()) == 1
+    assert Sampler(params, []).draw(LOG) == 1
 
 
 @given(
@@ -80,7 +80,7 @@ def test_the_distribution_is_that_of_transformers(
         processors.append(TopPLogitsWarper(top_p))
     theirs = processors(torch.tensor([seen]), logits[None].clone())[0].softmax(-1)
 
-    tokens, probabilities = candidates(penalize(logits, seen, penalty), params)
+    tokens, probabilities = candidates(penalize(logits, torch.tensor(seen), penalty), params)
     ours = torch.zeros(size).index_put((tokens,), probabilities / probabilities.sum())
     # A sum that falls on p to the last bit may keep one token more or less.
     differing = (ours > 0) ^ (theirs > 0)
@@ -95,7 +95,7 @@ def test_the_distribution_is_that_of_transformers(
 def test_draws_follow_the_probabilities() -> None:
     params = SamplingParams(temperature=1.0, seed=5)
     generator = params.generator()
-    draws = torch.tensor([sample(LOG, [], params, generator) for _ in range(4000)])
+    draws = torch.tensor([sample(LOG, params, generator) for _ in range(4000)])
     shares = draws.bincount(minlength=4) / 4000
     torch.testing.assert_close(shares, LOG.exp(), atol=0.03, rtol=0)
 
@@ -104,7 +104,7 @@ def test_a_seed_draws_the_same_again() -> None:
     def draws(seed: int) -> list[int]:
         params = SamplingParams(temperature=1.0, seed=seed)
         generator = params.generator()
-        return [sample(LOG, [], params, generator) for _ in range(30)]
+        return [sample(LOG, params, generator) for _ in range(30)]
 
     assert draws(1) == draws(1) != draws(2)
 

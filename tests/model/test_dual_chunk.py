@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen2.model import attend as attend_module
 from qwen2.model.attend import Part, attend, plain_part
 from qwen2.model.attention import CAUSAL, PackedAttention, Scheme
-from qwen2.model.cache import CachedAttention, KVCache
+from qwen2.model.cache import KVStore, PagedAttention
 from qwen2.model.config import DualChunk, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.dual_chunk import DualChunkAttention, squared_temperature
@@ -107,13 +108,14 @@ def test_prefill_from_anywhere_then_decode_equals_one_pass(
         vocab_size=9, hidden_size=12 * G, intermediate_size=9, num_hidden_layers=1,
         num_attention_heads=2 * G, num_key_value_heads=2,
     )  # fmt: skip
-    cache = KVCache(config, torch.float64, DEVICE)
-    rope, outs = Rope(6, 100.0), []
+    store = KVStore(config, len(q), torch.float64, DEVICE)
+    slots = torch.randperm(len(q), generator=torch.Generator().manual_seed(seed))
+    rope, outs, end = Rope(6, 100.0), [], 0
     for qs, ks, vs in zip(q.split(cuts), k.split(cuts), v.split(cuts), strict=True):
-        context = CachedAttention([cache], [len(qs)], scheme)
+        end += len(qs)
+        context = PagedAttention(store, [slots[:end]], [len(qs)], scheme)
         rotary = context.rotary(rope, context.positions(DEVICE), torch.float64)
         outs.append(context.attend(0, qs, ks, vs, rotary))
-        context.advance()
     torch.testing.assert_close(torch.cat(outs), packed(scheme, q, k, v, [len(q)]), **EXACT)
 
 
@@ -261,16 +263,15 @@ def test_no_tensor_grows_with_the_square_of_the_length(dtype: torch.dtype) -> No
         vocab_size=9, hidden_size=H * D, intermediate_size=9, num_hidden_layers=1,
         num_attention_heads=H, num_key_value_heads=2,
     )  # fmt: skip
-    for some in (scheme, CAUSAL):
-        cache = KVCache(config, dtype, DEVICE)
+    for some, slots in itertools.product((scheme, CAUSAL), (torch.arange(T), torch.randperm(T))):
+        store = KVStore(config, T, dtype, DEVICE)
         with torch.no_grad(), Largest() as pieces:
-            for first in range(0, T, 1024):
-                new = slice(first, first + 1024)
-                context = CachedAttention([cache], [1024], some)
+            for end in range(1024, T + 1, 1024):
+                new = slice(end - 1024, end)
+                context = PagedAttention(store, [slots[:end]], [1024], some)
                 rotary = context.rotary(Rope(D, 100.0), context.positions(DEVICE), dtype)
                 context.attend(0, q[new], k[new], v[new], rotary)
-                context.advance()
-        assert pieces.elements <= 2 * T * H * D  # the cache's capacity doubles
+        assert pieces.elements <= T * H * D
 
 
 def test_temperature_by_hand() -> None:
@@ -310,16 +311,18 @@ def test_a_model_decodes_what_it_would_have_seen_in_one_pass() -> None:
     assert isinstance(model.scheme, DualChunkAttention)
     tokens = torch.randint(0, 50, (70,), generator=torch.Generator().manual_seed(1))
     prompts = [tokens, tokens[5:40]]
-    caches = [KVCache(model.config, torch.float32, DEVICE) for _ in prompts]
+    store = KVStore(model.config, 120, torch.float32, DEVICE)
+    tables = torch.randperm(120, generator=torch.Generator().manual_seed(1)).split([80, 40])
+    ends = [0, 0]
     outs: list[list[Tensor]] = [[], []]
     for sizes in ([30, 9], [30, 17], *([1, 1],) * 9, [1, 0]):
         live = [i for i, size in enumerate(sizes) if size]
-        starts = [caches[i].length for i in live]
+        starts = [ends[i] for i in live]
         counts = [sizes[i] for i in live]
-        context = model.cached([caches[i] for i in live], counts)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+        context = model.cached(store, [tables[i][: ends[i]] for i in live], counts)
         new = [prompts[i][s : s + n] for i, s, n in zip(live, starts, counts, strict=True)]
         logits = model(torch.cat(new), context.positions(DEVICE), context)
-        context.advance()
         for i, rows in zip(live, logits.split(counts), strict=True):
             outs[i].append(rows)
     for prompt, parts in zip(prompts, outs, strict=True):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from qwen2.model.attention import PackedAttention
-from qwen2.model.cache import CachedAttention, KVCache
+from qwen2.model.cache import KVStore
 from qwen2.model.config import PUBLISHED, Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.experts import grouped_experts, loop_experts
@@ -232,12 +232,12 @@ def test_mixtures_extend_their_context_like_any_model(mixture: ModelConfig, way:
     short = mixture.model_copy(update={"max_position_embeddings": 16})
     model = extended(build(short), 128, way)
     tokens = tokens_of(mixture, 70)
-    cache = KVCache(model.config, torch.float32, tokens.device)
-    parts = []
+    store = KVStore(model.config, 70, torch.float32, CPU)
+    parts, end = [], 0
     for chunk in tokens.split([37, 20, *[1] * 13]):
-        context = model.cached([cache], [len(chunk)])
-        parts.append(model(chunk, context.positions(tokens.device), context))
-        context.advance()
+        end += len(chunk)
+        context = model.cached(store, [torch.arange(end)], [len(chunk)])
+        parts.append(model(chunk, context.positions(CPU), context))
     whole = model(tokens, torch.arange(70), model.packed([70]))
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 
@@ -284,12 +284,12 @@ def test_experts_without_tokens_are_not_touched() -> None:
 def test_cache_equals_no_cache(mixture: ModelConfig) -> None:
     model = build(mixture)
     tokens = tokens_of(mixture, 20)
-    cache = KVCache(mixture, torch.float32, CPU)
-    parts = []
+    store = KVStore(mixture, 20, torch.float32, CPU)
+    parts, end = [], 0
     for chunk in tokens.split([9, 1, 1, 6, 1, 1, 1]):
-        attention = CachedAttention([cache], [len(chunk)])
+        end += len(chunk)
+        attention = model.cached(store, [torch.arange(end)], [len(chunk)])
         parts.append(model(chunk, attention.positions(CPU), attention))
-        attention.advance()
     torch.testing.assert_close(torch.cat(parts), alone(model, tokens), atol=1e-5, rtol=1e-5)
 
 

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2.model.attention import PackedAttention, causal_attention
-from qwen2.model.cache import CachedAttention, KVCache
+from qwen2.model.cache import KVStore, PagedAttention
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hf_config import config_to_hf
 from qwen2.model.rope import Rope, rotate
 
+CPU = torch.device("cpu")
 SHAPES = {
     "grouped": {},
     "tied": {"tie_word_embeddings": True},
@@ -87,23 +88,29 @@ def test_packed_documents_equal_each_alone(tiny: ModelConfig) -> None:
         torch.testing.assert_close(logits, other(document[None]).logits[0], atol=1e-5, rtol=1e-5)
 
 
-@given(cuts=st.lists(st.integers(1, 20), min_size=1, max_size=8), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 20), min_size=1, max_size=8), seed=st.integers(0, 99),
+    scattered=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
 @torch.no_grad()
-def test_cache_equals_no_cache(cuts: list[int], seed: int) -> None:
-    """A prefill in any chunks, then single tokens, equals one full pass."""
+def test_cache_equals_no_cache(cuts: list[int], seed: int, scattered: bool) -> None:
+    """A prefill in any chunks, then single tokens, in any slots, equals one full pass."""
     config = ModelConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     model = build(config, seed)
     tokens = tokens_of(config, sum(cuts), seed)
-    cache = KVCache(config, torch.float32, tokens.device)
-    parts = []
+    store = KVStore(config, 2 * len(tokens) + 3, torch.float32, CPU)
+    slots = torch.arange(len(tokens)) + 3
+    if scattered:
+        slots = torch.randperm(store.slots, generator=torch.Generator().manual_seed(seed))
+    parts, end = [], 0
     for chunk in tokens.split(cuts):
-        attention = CachedAttention([cache], [len(chunk)])
-        parts.append(model(chunk, attention.positions(tokens.device), attention))
-        attention.advance()
+        end += len(chunk)
+        attention = PagedAttention(store, [slots[:end]], [len(chunk)])
+        parts.append(model(chunk, attention.positions(CPU), attention))
     torch.testing.assert_close(torch.cat(parts), alone(model, tokens), atol=1e-5, rtol=1e-5)
 
 
@@ -113,18 +120,22 @@ def test_batched_equals_alone(tiny: ModelConfig) -> None:
     model = build(tiny)
     other = oracle(model)
     prompts = [tokens_of(tiny, length, seed=length) for length in (3, 29, 1)]
-    caches = [KVCache(tiny, torch.float32, torch.device("cpu")) for _ in prompts]
+    store = KVStore(tiny, 40, torch.float32, CPU)
+    tables = torch.randperm(40, generator=torch.Generator().manual_seed(0)).split((3, 29, 8))
+    lengths = [0] * len(prompts)
     fed = [(prompt[:1], prompt[1:]) if len(prompt) > 1 else (prompt,) for prompt in prompts]
     last: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     for turn in range(2):
         live = [i for i, parts in enumerate(fed) if turn < len(parts)]
         chunks = [fed[i][turn] for i in live]
-        attention = CachedAttention([caches[i] for i in live], [len(c) for c in chunks])
-        device = torch.device("cpu")
-        logits = model(
-            torch.cat(chunks), attention.positions(device), attention, attention.last_rows(device)
+        for i, chunk in zip(live, chunks, strict=True):
+            lengths[i] += len(chunk)
+        attention = PagedAttention(
+            store, [tables[i][: lengths[i]] for i in live], [len(c) for c in chunks]
         )
-        attention.advance()
+        logits = model(
+            torch.cat(chunks), attention.positions(CPU), attention, attention.last_rows(CPU)
+        )
         for i, row in zip(live, logits, strict=True):
             last[i] = row
     for prompt, row in zip(prompts, last, strict=True):
@@ -133,16 +144,28 @@ def test_batched_equals_alone(tiny: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def test_forgetting_part_of_the_cache(tiny: ModelConfig) -> None:
+def test_slots_are_used_again(tiny: ModelConfig) -> None:
+    """What another sequence has left there makes no difference."""
     model = build(tiny)
     tokens = tokens_of(tiny, 12)
-    cache = KVCache(tiny, torch.float32, torch.device("cpu"))
+    store = KVStore(tiny, 30, torch.float32, CPU)
     for chunk in (tokens_of(tiny, 30, seed=9), tokens):
-        cache.truncate(0)
-        attention = CachedAttention([cache], [len(chunk)])
-        logits = model(chunk, attention.positions(tokens.device), attention)
-        attention.advance()
+        attention = PagedAttention(store, [torch.arange(len(chunk))], [len(chunk)])
+        logits = model(chunk, attention.positions(CPU), attention)
     torch.testing.assert_close(logits, alone(model, tokens), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sequence_has_what_another_computes_in_the_same_pass(tiny: ModelConfig) -> None:
+    """The second begins with 8 tokens of the first, and computes only what follows."""
+    model = build(tiny)
+    first, rest = tokens_of(tiny, 20), tokens_of(tiny, 5, seed=2)
+    store = KVStore(tiny, 40, torch.float32, CPU)
+    tables = [torch.arange(20), torch.cat([torch.arange(8), torch.arange(30, 35)])]
+    attention = PagedAttention(store, tables, [20, 5])
+    logits = model(torch.cat([first, rest]), attention.positions(CPU), attention)
+    expected = alone(model, torch.cat([first[:8], rest]))[8:]
+    torch.testing.assert_close(logits[20:], expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

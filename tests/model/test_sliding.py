@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen2.model import attention
 from qwen2.model.attention import windowed_attention
-from qwen2.model.cache import KVCache
+from qwen2.model.cache import KVStore
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hf_config import config_from_hf, config_to_hf
@@ -87,12 +87,13 @@ def test_equals_a_dense_mask(T: int, past: int, window: int, G: int) -> None:
 def test_cache_equals_no_cache(tiny: ModelConfig) -> None:
     model, _ = build(tiny, use_sliding_window=True, sliding_window=5, max_window_layers=1)
     tokens = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(1))
-    cache = KVCache(model.config, torch.float32, CPU)
-    parts = []
+    store = KVStore(model.config, 40, torch.float32, CPU)
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    parts, end = [], 0
     for chunk in tokens.split([13, 20, 1, 1, 5]):
-        context = model.cached([cache], [len(chunk)])
+        end += len(chunk)
+        context = model.cached(store, [slots[:end]], [len(chunk)])
         parts.append(model(chunk, context.positions(CPU), context))
-        context.advance()
     whole = model(tokens, torch.arange(40), model.packed([40]))
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 

@@ -94,17 +94,16 @@ def _read() -> str | None:
 
 
 class Conversation:
-    """Messages so far, and the cache that spares passing them through the model again."""
+    """Messages so far; the engine's prefix cache spares passing them through the model again."""
 
     def __init__(
         self, model: Qwen2, tokenizer: Tokenizer, params: SamplingParams, system: str | None
     ) -> None:
-        from qwen2.inference.generation import CachedTokens
+        from qwen2.inference import Engine
         from qwen2.tokenizer.chatml import ChatTemplate
 
         self.template = ChatTemplate.of(tokenizer)
-        self.model, self.tokenizer, self.params = model, tokenizer, params
-        self.cached = CachedTokens(model)
+        self.engine, self.params = Engine(model, tokenizer), params
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
@@ -118,21 +117,22 @@ class Conversation:
         """Print the answer as it comes; what was said before Ctrl-C stays in the conversation."""
         from qwen2.common.errors import UserError
         from qwen2.common.progress import say
-        from qwen2.inference import Sequence, stream
 
         question = {"role": "user", "content": text}
         prompt, _ = self.template.encode(
-            self.tokenizer, [*self.messages, question], add_generation_prompt=True
+            self.engine.tokenizer, [*self.messages, question], add_generation_prompt=True
         )
+        said = ""
         try:
-            sequence = Sequence(self.model, self.tokenizer, prompt, self.params, self.cached)
+            for output in self.engine.stream(prompt, self.params):
+                print(output.text, end="", flush=True)
+                said += output.text
+                if output.error:
+                    raise UserError(output.error)
         except UserError as error:
             say(f"{error}; /reset begins a new conversation")
             return
-        try:
-            for piece in stream(self.model, sequence):
-                print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         print()
-        self.messages += [question, {"role": "assistant", "content": sequence.text.text}]
+        self.messages += [question, {"role": "assistant", "content": said}]

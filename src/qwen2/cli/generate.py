@@ -55,7 +55,7 @@ def generate(
     """Complete raw text, or answer it as a chat message (--chat)."""
     from qwen2.common.errors import UserError
     from qwen2.common.runtime import set_threads
-    from qwen2.inference import Completion, Sequence, stream
+    from qwen2.inference import Engine
     from qwen2.tokenizer.chatml import ChatTemplate
 
     if system is not None and not chat:
@@ -79,22 +79,25 @@ def generate(
     else:
         # A document begins after the end of another, so an empty prompt is that end.
         ids = tokenizer.encode(text, parse_special=parse_special) or [tokenizer.end_of_text_id]
-    sequence = Sequence(language_model, tokenizer, ids, params)
-    for piece in stream(language_model, sequence):
-        if not as_json:
-            print(piece, end="", flush=True)
-    completion = Completion.of(sequence)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "text": completion.text,
-                    "token_ids": completion.token_ids,
-                    "prompt_token_ids": completion.prompt_token_ids,
-                    "finish_reason": completion.finish_reason,
-                    "usage": completion.usage,
-                }
-            )
-        )
-    else:
+    engine = Engine(language_model, tokenizer)
+    if not as_json:
+        for output in engine.stream(ids, params):
+            print(output.text, end="", flush=True)
+            if output.error:
+                raise UserError(output.error)
         print()
+        return
+    (completion,) = engine.generate([ids], params)
+    if completion.error:
+        raise UserError(completion.error)
+    print(
+        json.dumps(
+            {
+                "text": completion.text,
+                "token_ids": completion.token_ids,
+                "prompt_token_ids": completion.prompt_token_ids,
+                "finish_reason": completion.finish_reason,
+                "usage": completion.usage,
+            }
+        )
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +50,24 @@ def set_threads(count: int | None) -> int:
             raise UserError(f"threads {count}: at least 1")
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken on `device`, as far as its system tells; within a container, of
+    what it was given.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = 8 << 30  # a system without /proc: what a laptop has
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return max(free, 0)
 
 
 def keep_freed_memory() -> None:

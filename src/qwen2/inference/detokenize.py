@@ -18,7 +18,12 @@ class TextStream:
         self._stop = [text for text in stop if text]
         self._held = ""
         self.text = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self.stopped_by is not None
 
     def push(self, token: int) -> str:
         """The text that `token` completes; after a stop string `stopped` is true."""
@@ -32,10 +37,9 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += new
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            size = min(found)
+            size, self.stopped_by = min(found)
         else:
             size = len(self._held) - (0 if last else self._possible_stop())
         out, self._held = self._held[:size], self._held[size:]

@@ -1,4 +1,10 @@
-"""The cache of keys and values, and the attention context that reads it."""
+"""The cache of keys and values, and the attention context that reads it.
+
+All sequences share one pool of slots, a slot for each token (paged attention, Kwon et al. 2023).
+Which slots a sequence has is its table; who gives them out is not known here (see
+inference/blocks.py). A token's keys and values are read back by one flat `index_select` a layer,
+or, where a table is one run of slots, as a view.
+"""
 
 from __future__ import annotations
 
@@ -12,56 +18,63 @@ from qwen2.model.config import ModelConfig
 from qwen2.model.rope import Rope, Rotary
 
 
-class KVCache:
-    """Keys (rotated) and values of one sequence: a tensor (capacity, K, D) for each layer.
+class KVStore:
+    """Keys (rotated) and values of all sequences: a tensor (slots, K, D) for each layer.
 
-    The capacity doubles as the sequence grows, so that nothing is reserved for a context that is
-    never used.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        empty = torch.empty(
-            (0, config.num_key_value_heads, config.head_dim), dtype=dtype, device=device
-        )
-        self.keys = [empty] * config.num_hidden_layers
-        self.values = [empty] * config.num_hidden_layers
-        self.capacity = self.length = 0
-
-    def reserve(self, length: int) -> None:
-        """Make room for `length` tokens."""
-        if length <= self.capacity:
-            return
-        self.capacity = max(length, 2 * self.capacity, 64)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_empty((self.capacity, *old.shape[1:]))
-                tensors[layer][: self.length] = old[: self.length]
-
-    def truncate(self, length: int) -> None:
-        """Forget every token from `length` on."""
-        assert 0 <= length <= self.length
-        self.length = length
-
-
-class CachedAttention:
-    """New tokens of several sequences, laid end to end, each seeing its own cache.
-
-    `counts[i]` new tokens belong to `caches[i]`; after the pass `advance` makes them part of it.
+    One tensor a layer, because a stacked one that changes in place makes a compiled step slow. On
+    the CPU a slot costs memory only from its first use on.
     """
 
     def __init__(
-        self, caches: Sequence[KVCache], counts: Sequence[int], scheme: Scheme = CAUSAL
+        self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        for cache, count in zip(caches, counts, strict=True):
-            cache.reserve(cache.length + count)
-        self.caches, self.counts, self.scheme = list(caches), list(counts), scheme
+        shape = (slots, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.slots = slots
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k and v (N, K, D) into `slots` (N,)."""
+        self.keys[layer].index_copy_(0, slots, k)
+        self.values[layer].index_copy_(0, slots, v)
+
+    def read(self, layer: int, table: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Keys and values (S, K, D) of a table (S,) of slots, or of a run of them."""
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(table, slice):
+            return keys[table], values[table]
+        return keys.index_select(0, table), values.index_select(0, table)
+
+
+class PagedAttention:
+    """New tokens of several sequences, laid end to end, each seeing its own sequence up to itself.
+
+    tables[i] (S_i,): the slots of all tokens of sequence i, the counts[i] new ones last. All new
+    tokens of a layer are written before any is read, so a sequence may have slots in its table
+    that another one fills in the same pass.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        tables: Sequence[Tensor],
+        counts: Sequence[int],
+        scheme: Scheme = CAUSAL,
+    ) -> None:
+        self.store, self.tables, self.counts = store, list(tables), list(counts)
+        self.scheme = scheme
+        device = store.keys[0].device
+        new = [table[-count:] for table, count in zip(self.tables, self.counts, strict=True)]
+        self._new = (new[0] if len(new) == 1 else torch.cat(new)).to(device)  # (N,)
+        self._places = [_place(table, device) for table in self.tables]
 
     def positions(self, device: torch.device) -> Tensor:
         """Positions (N,) of the new tokens in their sequences."""
         return torch.cat(
             [
-                torch.arange(cache.length, cache.length + count, device=device)
-                for cache, count in zip(self.caches, self.counts, strict=True)
+                torch.arange(len(table) - count, len(table), device=device)
+                for table, count in zip(self.tables, self.counts, strict=True)
             ]
         )
 
@@ -71,25 +84,24 @@ class CachedAttention:
 
     def rotary(self, rope: Rope, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """The scheme's tables."""
-        longest = max(c.length + n for c, n in zip(self.caches, self.counts, strict=True))
-        return self.scheme.rotary(rope, positions, longest, dtype)
+        return self.scheme.rotary(rope, positions, max(map(len, self.tables)), dtype)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Store k and v (N, K, D) after rotation; q (N, H, D) sees its sequence up to itself."""
         queries, k = self.scheme.rotate(q, k, rotary)
+        self.store.write(layer, self._new, k, v)
         out, first = [], 0
-        for cache, count in zip(self.caches, self.counts, strict=True):
-            new = slice(first, first + count)
-            end = cache.length + count
-            keys, values = cache.keys[layer], cache.values[layer]
-            keys[cache.length : end] = k[new]
-            values[cache.length : end] = v[new]
-            rotated = [q[new] for q in queries]
-            out.append(self.scheme.attend(layer, rotated, keys[:end], values[:end]))
+        for place, count in zip(self._places, self.counts, strict=True):
+            keys, values = self.store.read(layer, place)
+            rotated = [q[first : first + count] for q in queries]
+            out.append(self.scheme.attend(layer, rotated, keys, values))
             first += count
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def advance(self) -> None:
-        """Count the new tokens as part of their caches."""
-        for cache, count in zip(self.caches, self.counts, strict=True):
-            cache.length += count
+
+def _place(table: Tensor, device: torch.device) -> Tensor | slice:
+    """A table on `device`; as a slice, when its slots follow each other."""
+    first = int(table[0])
+    if int(table[-1]) - first == len(table) - 1 and bool((table.diff() == 1).all()):
+        return slice(first, first + len(table))
+    return table.to(device)

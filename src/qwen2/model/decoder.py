@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen2.model.attention import AttentionContext, PackedAttention, SelfAttention, scheme_of
-from qwen2.model.cache import CachedAttention, KVCache
+from qwen2.model.cache import KVStore, PagedAttention
 from qwen2.model.config import ModelConfig
 from qwen2.model.linear import Linear
 from qwen2.model.mlp import MLP
@@ -106,9 +106,11 @@ class Qwen2(nn.Module):
         """The attention context of documents laid end to end, as the configuration has it."""
         return PackedAttention(lengths, self.scheme)
 
-    def cached(self, caches: Sequence[KVCache], counts: Sequence[int]) -> CachedAttention:
+    def cached(
+        self, store: KVStore, tables: Sequence[Tensor], counts: Sequence[int]
+    ) -> PagedAttention:
         """The attention context of new tokens after cached ones, as the configuration has it."""
-        return CachedAttention(caches, counts, self.scheme)
+        return PagedAttention(store, tables, counts, self.scheme)
 
     def fuse_projections(self) -> None:
         """Make inference faster: compute q, k, v as one product, and gate and up as one.

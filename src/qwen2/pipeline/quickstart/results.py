@@ -7,7 +7,7 @@ from typing import Any
 from qwen2.common.progress import Progress
 from qwen2.evaluate.compressors import compressor_bits_per_byte
 from qwen2.evaluate.score import score_by_kind
-from qwen2.inference import SamplingParams, generate
+from qwen2.inference import Engine, SamplingParams
 from qwen2.model.hub import load, save
 from qwen2.pipeline.quickstart.data import held_out
 from qwen2.pipeline.quickstart.recipe import QuickRun
@@ -49,8 +49,7 @@ def talk(run: QuickRun) -> dict[str, Any]:
     params = SamplingParams(
         max_tokens=80, temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=run.recipe.seed
     )
-    prompts = [coder.encode(prompt) for prompt in run.recipe.prompts.values()]
-    completions = generate(model, coder, prompts, params)
+    completions = Engine(model, coder).generate(list(run.recipe.prompts.values()), params)
     return {
         "samples": [
             {"kind": kind, "prompt": prompt, "text": completion.text}
