@@ -59,7 +59,7 @@ _TYPES = {
 
 
 class Json(Response):
-    """JSON in UTF-8 whatever the strings hold: a lone surrogate, which has no UTF-8, becomes "?"."""
+    """JSON in UTF-8, whatever its strings hold: a lone surrogate becomes "?"."""
 
     media_type = "application/json"
 

@@ -24,8 +24,8 @@ MAX_TOKENS = 2**31 - 1
 
 # Bookkeeping of OpenAI's own service: none of it changes what the model answers.
 BOOKKEEPING = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "prompt_cache_options".split()
+    {"user", "metadata", "store", "service_tier", "safety_identifier"}
+    | {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
 )
 
 Index = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
@@ -69,8 +69,8 @@ class StreamOptions(Part):
 class Sampling(Body):
     """How tokens are drawn; the fields that chat and completions share.
 
-    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are not OpenAI's; other servers have them
-    under the same names.
+    `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are not OpenAI's; other servers know
+    them by the same names.
     """
 
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)

@@ -116,6 +116,11 @@ class ChatTemplate:
             )
         return ids, mask
 
+    def close(self) -> None:
+        """End the process of a bounded template."""
+        if isinstance(self._template, BoundedTemplate):
+            self._template.close()
+
     def _render(
         self,
         traced: bool,
