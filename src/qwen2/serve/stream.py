@@ -51,6 +51,7 @@ class EventStream(Response):
         async with contextlib.aclosing(self._told(self._events)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await asyncio.sleep(0)  # let others in, even when a lot is ready
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     @staticmethod
