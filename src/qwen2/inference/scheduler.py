@@ -45,8 +45,8 @@ class Schedule(Batch):
     """A batch, and whose it is; and what it may still take."""
 
     parts: list[Part] = field(default_factory=list)
-    room: int = 0
-    scores: int = SCORED_ROWS
+    room: int = 0  # tokens
+    scores: int = 0  # rows of logits for prompts' logprobs
 
 
 class Scheduler:
@@ -63,7 +63,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The next pass; empty when there is nothing to do."""
-        batch = Schedule(room=self.batch_tokens)
+        batch = Schedule(room=self.batch_tokens, scores=SCORED_ROWS)
         self._decode(batch)
         if batch.parts:
             batch.room = min(batch.room, BESIDE_DECODES)
@@ -85,14 +85,18 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def recover(self) -> None:
-        """After a pass that was broken off wherever it was: all wait, and will be computed anew."""
+    def recover(self) -> list[Request]:
+        """After a pass that was broken off wherever it was: all wait, and will be computed anew.
+
+        Returns those that had just ended, without anyone being told.
+        """
         everyone = dict.fromkeys([*self.running, *self.waiting])
         self.waiting = deque(request for request in everyone if request.finish_reason is None)
         self.running = []
         self.pool.recover()
-        for request in self.waiting:
+        for request in everyone:
             self._forget_place(request)
+        return [r for r in everyone if r.finish_reason is not None and r.finished is None]
 
     def _decode(self, batch: Schedule) -> None:
         """The next token of all that want but one, each with its draft."""
@@ -100,15 +104,16 @@ class Scheduler:
         while index < len(self.running):  # preemption takes from the end of the list
             request = self.running[index]
             if len(request.ids) - request.computed == 1:
-                if not self._grow(request, len(request.ids) + len(request.draft)):
+                if not self._grow(request):
                     return
+                self._fit_draft(request)
                 self._take(batch, request)
             index += 1
 
-    def _grow(self, request: Request, tokens: int) -> bool:
-        """Have blocks for so many tokens, at the cost of later requests; False: at its own."""
-        while (missing := self._blocks_for(tokens) - len(request.blocks)) > 0:
-            blocks = self.pool.allocate(missing)
+    def _grow(self, request: Request) -> bool:
+        """Have a block for the next token, at the cost of later requests; False: at its own."""
+        while len(request.ids) > len(request.blocks) * self.block_size:
+            blocks = self.pool.allocate(1)
             if blocks is not None:
                 self._hold(request, blocks)
                 continue
@@ -120,6 +125,16 @@ class Scheduler:
             if last is request:
                 return False
         return True
+
+    def _fit_draft(self, request: Request) -> None:
+        """Keep of the draft what can be used; nobody is preempted for guesses."""
+        # After the last guess that is right, one more token is drawn.
+        draft = request.draft[: max(0, request.room - len(request.output) - 1)]
+        known = len(request.ids)
+        missing = self._blocks_for(known + len(draft)) - len(request.blocks)
+        if missing > 0 and (blocks := self.pool.allocate(missing)) is not None:
+            self._hold(request, blocks)
+        request.draft = draft[: len(request.blocks) * self.block_size - known]
 
     def _admit(self, request: Request) -> bool:
         """Give the first of the waiting all blocks that its ids need, as far as there are any.
