@@ -12,6 +12,8 @@ from qwen2.serve.errors import ApiError
 from qwen2.serve.protocol import ChatRequest, Message, NamedTool, ResponseFormat, Tool
 from qwen2.serve.tools import CLOSE, OPEN
 
+NEWLINE = "\n"
+
 
 def for_template(message: Message) -> dict[str, Any]:
     """A message for the chat template, which wants arguments of calls as objects, not as JSON text.
@@ -99,23 +101,14 @@ def call_grammar(tools: Sequence[Tool], several: bool, special: bool) -> Grammar
         several: more calls may follow.
         special: the tags are tokens of the vocabulary, as in Qwen2.5's, not text.
     """
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
     begin, end = (OPEN, CLOSE) if special else (json.dumps(OPEN), json.dumps(CLOSE))
-    more = ' ("\\n" call)*' if several else ""
-    return Grammar(
-        kind="lark",
-        text=f"start: call{more}\n"
-        f'call: {begin} "\\n" body "\\n" {end}\n'
-        f"body: %json {json.dumps(calls[0] if len(calls) == 1 else {'anyOf': calls})}\n",
-    )
+    names = [f"call_{index}" for index in range(len(tools))]
+    rules = [f"start: call{' (NEWLINE call)*' if several else ''}"]
+    rules += [f"NEWLINE: {json.dumps(NEWLINE)}", f"call: {' | '.join(names)}"]
+    for name, tool in zip(names, tools, strict=True):
+        # A schema of its own for each, for its references begin at its root.
+        before = json.dumps(f'\n{{"name": "{tool.function.name}", "arguments": ')
+        rules.append(f"{name}: {begin} {before} {name}_arguments {json.dumps('}' + NEWLINE)} {end}")
+        schema = tool.function.parameters or {"type": "object"}
+        rules.append(f"{name}_arguments: %json {json.dumps(schema)}")
+    return Grammar(kind="lark", text="\n".join(rules) + "\n")
