@@ -248,6 +248,7 @@ def test_bodies_that_are_no_requests(target: Any, path: str, body: bytes) -> Non
         ("/v1/completions", {"prompt": "a", "best_of": 5}),
         ("/v1/completions", {"prompt": [0] * 100_000}),
         ("/v1/completions", {"prompt": "a" * 2048}),
+        ("/v1/completions", {"prompt": ["a" * 1900] * 64, "echo": True, "logprobs": 20}),
         ("/v1/embeddings", {"input": ""}), ("/v1/embeddings", {"input": ["a", ""]}),
         ("/v1/embeddings", {"input": "a", "dimensions": 65}), ("/v1/embeddings", {"input": None}),
         ("/v1/embeddings", {"input": "a" * 5000}),

@@ -83,6 +83,6 @@ def test_limits_are_as_they_are_told() -> None:
         (protocol.MAX_CHOICES, "prompts times `n` | {}; 128"),
         (protocol.MAX_STOPS, "`stop` | {} of 256"),
         (protocol.MAX_LOGIT_BIASES, "`logit_bias` | {:,} tokens"),
-        (protocol.MAX_TOP_LOGPROBS, "`logprobs` | {} |"),
+        (protocol.MAX_TOP_LOGPROBS, "`logprobs` | {}; with"),
     ):
         assert row.format(value) in TEXT, row

@@ -29,6 +29,10 @@ def test_all_routes_are_described(small: Any) -> None:
     paths = small.client.get("/openapi.json").json()["paths"]
     described = {(method.upper(), path) for path, methods in paths.items() for method in methods}
     assert described == set(ROUTES)
+    for methods in paths.values():
+        for operation in methods.values():
+            assert {"200", "400", "401"} <= operation["responses"].keys()
+            assert "422" not in operation["responses"]
 
 
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])

@@ -77,7 +77,7 @@ def serve(
     thread.start()
     ready = f"qwen2: {settings.names[0]} is served at {run.url_of(bound)}, a chat page too"
     try:
-        run.run(app, bound, settings.limits, ready, drain_seconds)
+        run.run(app, bound, settings.limits, ready, drain_seconds, thread.stop)
     finally:
         thread.stop()
 

@@ -20,6 +20,7 @@ from qwen2.serve.service import Service, new_id, usage
 from qwen2.serve.stream import DONE, EventStream, event, whole
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_ECHOED = 1_000_000  # logprobs of prompts in one answer: some 50 MB
 
 
 def router(service: Service) -> APIRouter:
@@ -46,6 +47,9 @@ def _jobs(service: Service, body: CompletionRequest) -> list[Job]:
     prompts = service.encode_prompts(body.prompt)
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
         raise ApiError(400, f"prompts times n: at most {MAX_PROMPTS} in one request", param="n")
+    echoed = sum(map(len, prompts)) * ((body.logprobs or 0) + 1) * (body.n or 1)
+    if body.echo and body.logprobs is not None and echoed > MAX_ECHOED:
+        raise ApiError(400, f"{echoed:,} logprobs of prompts; at most {MAX_ECHOED:,}", param="echo")
     return [
         Job(prompt, params)
         for prompt in prompts

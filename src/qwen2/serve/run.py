@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -18,6 +19,7 @@ from qwen2.serve.connection import bounded_protocol
 from qwen2.serve.settings import LOOPBACK_NAMES, Keys, Limits
 
 BACKLOG = 512
+TO_SAY_GOODBYE = 5.0  # seconds for the last answers to be read
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -63,7 +65,7 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def uvicorn_config(app: ASGIApp, limits: Limits, drain_seconds: float) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, limits: Limits, shutdown_seconds: float) -> uvicorn.Config:
     """uvicorn with our limits: one process, HTTP/1.1 alone, no log of requests."""
     return uvicorn.Config(
         app,
@@ -79,13 +81,24 @@ def uvicorn_config(app: ASGIApp, limits: Limits, drain_seconds: float) -> uvicor
         backlog=BACKLOG,
         h11_max_incomplete_event_size=limits.header_bytes,
         timeout_keep_alive=limits.keep_alive_seconds,
-        timeout_graceful_shutdown=drain_seconds,  # type: ignore[arg-type]  # any number does
+        timeout_graceful_shutdown=shutdown_seconds,  # type: ignore[arg-type]  # any number does
     )
 
 
-def run(app: ASGIApp, bound: socket.socket, limits: Limits, ready: str, drain: float) -> None:
-    """Serve until a signal; print `ready` when requests are answered."""
-    Server(uvicorn_config(app, limits, drain), ready).run(sockets=[bound])
+def run(
+    app: ASGIApp,
+    bound: socket.socket,
+    limits: Limits,
+    ready: str,
+    drain_seconds: float,
+    stop: Callable[[], None],
+) -> None:
+    """Serve until a signal; print `ready` when requests are answered.
+
+    What still runs `drain_seconds` after the signal is ended by `stop`, which may block.
+    """
+    config = uvicorn_config(app, limits, drain_seconds + TO_SAY_GOODBYE)
+    Server(config, ready, drain_seconds, stop).run(sockets=[bound])
 
 
 class Server(uvicorn.Server):
@@ -94,13 +107,22 @@ class Server(uvicorn.Server):
     uvicorn itself would then raise the signal again, and so not exit with 0.
     """
 
-    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, ready: str, drain_seconds: float, stop: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._drain_seconds, self._stop = ready, drain_seconds, stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._ready, flush=True)  # noqa: T201 (the one line that scripts wait for)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        # Requests that are ended tell their clients so; uvicorn would only drop the connections.
+        timer = loop.call_later(self._drain_seconds, loop.run_in_executor, None, self._stop)
+        await super().shutdown(sockets)
+        timer.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
