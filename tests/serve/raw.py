@@ -1,10 +1,14 @@
-"""HTTP by hand, for what no client would send."""
+"""HTTP by hand, for what no client would send; and what such requests cost in memory."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,3 +60,24 @@ def request(
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def assert_memory_settles(work: Callable[[], None], growth: int = 2**20, rounds: int = 20) -> None:
+    """Memory must stop growing when the same is done again and again.
+
+    Not at once: the allocator keeps, for each of several threads, what that has once used.
+    """
+    calm, highest, course = 0, resident(), []
+    while calm < 3:
+        work()
+        now = resident()
+        calm = calm + 1 if now - highest < growth else 0
+        highest = max(highest, now)
+        course.append(now // 2**20)
+        assert len(course) < rounds, f"MiB: {course}"

@@ -7,22 +7,14 @@ of a kind nobody expects, ids that are paths.
 
 from __future__ import annotations
 
-import gc
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
+import raw
 
 HELLO = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
-GROWTH = 32 * 2**20  # bytes that the process may have grown by after all of this again
-
-
-def resident() -> int:
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="module")
@@ -277,8 +269,6 @@ def test_the_other_routes(target: Any, path: str, body: Any) -> None:
     ],
 )  # fmt: skip
 def test_ids_are_no_paths(target: Any, path: str) -> None:
-    import raw
-
     for method in ("GET", "DELETE", "POST"):
         status, body = raw.exchange(target.url, raw.request(path, method, body={}))
         assert status in (404, 405)
@@ -287,19 +277,16 @@ def test_ids_are_no_paths(target: Any, path: str) -> None:
 
 
 def test_memory_is_flat(target: Any) -> None:
-    """All of it again, when the allocator has what each of several threads has once used."""
+    """All of it again."""
     if not SENT:
         pytest.skip("nothing was sent")
 
-    def again() -> int:
+    def again() -> None:
         for path, content in SENT:
             response = target.client.post(
                 path, content=content, headers={"content-type": "application/json"}
             )
             assert 400 <= response.status_code < 500
-        return resident()
 
-    for _ in range(2):
-        before = again()
-    assert again() - before < GROWTH
+    raw.assert_memory_settles(again)
     target.wait_until_idle()
