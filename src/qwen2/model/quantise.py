@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qwen2.model.config import Quantisation
 from qwen2.model.decoder import Qwen2
-from qwen2.model.quantised_linear import Format, Quantised
+from qwen2.model.quantised_linear import quantised_weights
 
 
 @torch.no_grad()
@@ -31,13 +31,3 @@ def quantise_model(model: Qwen2, method: str) -> Qwen2:
     quantised.load_state_dict(state, assign=True)
     quantised.tie_weights()
     return quantised
-
-
-def quantised_weights(model: Qwen2) -> dict[str, Format]:
-    """Names of the weights of `model` that are in a format, and in which."""
-    return {
-        f"{path}.{name}": format_
-        for path, module in model.named_modules()
-        if isinstance(module, Quantised)
-        for name, format_ in module.formats.items()
-    }

@@ -257,6 +257,23 @@ class QuantisedExperts(Quantised):
         return self.formats[name].linear(x, *parts, None)
 
 
+def quantised_weights(model: nn.Module) -> dict[str, Format]:
+    """Names of the weights of `model` that are in a format, and in which."""
+    return {
+        f"{path}.{name}": format_
+        for path, module in model.named_modules()
+        if isinstance(module, Quantised)
+        for name, format_ in module.formats.items()
+    }
+
+
+def quantised_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """Names of the parts of all weights of `model` in a format, and their number types."""
+    tensors = model.state_dict()
+    names = [n + suffix for n, form in quantised_weights(model).items() for suffix in form.suffixes]
+    return {name: tensors[name].dtype for name in names}
+
+
 def _integer_product(x: Tensor, weight: Tensor) -> Tensor:
     """x int8 (M, K), weight int8 (N, K) -> exact sums (M, N), int32."""
     if x.device.type == "cpu":
