@@ -6,17 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen2.model.linear import Linear, Projections
+from qwen2.model.config import Quantisation
+from qwen2.model.linear import Projections
+from qwen2.model.quantised_linear import linear_layer
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), without bias."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, quantisation: Quantisation | None = None
+    ) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = linear_layer(hidden_size, intermediate_size, False, quantisation)
+        self.up_proj = linear_layer(hidden_size, intermediate_size, False, quantisation)
+        self.down_proj = linear_layer(intermediate_size, hidden_size, False, quantisation)
         self.projections = Projections(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:

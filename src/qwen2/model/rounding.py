@@ -1,0 +1,98 @@
+"""How to round a weight to 4 bits so that a layer's output changes least.
+
+The output's squared error over a calibration text is tr(D H Dᵀ), D the error of the weight and
+H = Σ x xᵀ over the inputs. Two means against it, used together:
+
+- scale and minimum of each group are searched: several scales are tried, each with the numbers that
+  it gives, then the pair that fits those numbers best, by least squares weighted by importance
+  (as the K-quants of llama.cpp do, there without the freedom of the minimum's sign);
+- columns are rounded one after the other, and what an error does to the output is made good by the
+  columns that come after it (GPTQ, Frantar et al. 2022, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen2.model.quantised_linear import GROUP, Parts, pack_int4
+
+DAMPING = 0.01
+"""Added to the diagonal of H, as a share of its mean (GPTQ, section 3.3)."""
+
+SHRINKING = [1.0 - 0.04 * step for step in range(-2, 13)]
+"""Widths tried for a group, as shares of what its least and greatest number span."""
+
+
+def fit_groups(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and minimum (...,) of groups (..., 32) for the least error, in fp32.
+
+    The error of each number counts by its importance, positive and broadcastable to the groups.
+    """
+    least, greatest = groups.aminmax(dim=-1, keepdim=True)
+    middle, span = (least + greatest) / 2, (greatest - least).clamp_min_(1e-12)
+    total = importance.expand_as(groups).sum(-1)
+    weighted = importance * groups
+    sum_w, sum_ww = weighted.sum(-1), (weighted * groups).sum(-1)
+    best = torch.full_like(sum_w, torch.inf)
+    scale, minimum = torch.zeros_like(sum_w), torch.zeros_like(sum_w)
+    for share in SHRINKING:
+        step = span * (share / 15)
+        start = middle - 7.5 * step
+        for _ in range(2):  # the second time by the scale that fitted the first
+            q = groups.sub(start).div_(step).round_().clamp_(0, 15)
+            iq = importance * q
+            sum_q, sum_qq, sum_qw = iq.sum(-1), (iq * q).sum(-1), (iq * groups).sum(-1)
+            spread = total * sum_qq - sum_q * sum_q
+            fit = (total * sum_qw - sum_q * sum_w) / spread.where(spread > 0, 1)
+            fit = fit.where(spread > 0, 0)
+            shift = (sum_w - fit * sum_q) / total
+            # the minimum of the quadratic form, at the fit
+            error = sum_ww - fit * sum_qw - shift * sum_w
+            better = error < best
+            best = error.where(better, best)
+            scale, minimum = fit.where(better, scale), shift.where(better, minimum)
+            step, start = fit.clamp_min(1e-12)[..., None], shift[..., None]
+    return scale, minimum
+
+
+def search_int4(weight: Tensor, importance: Tensor) -> Parts:
+    """weight (N, K), importance (K,) of its columns -> parts, each number rounded by itself."""
+    from qwen2.model.quantised_linear import encode_int4
+
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    return encode_int4(groups, *fit_groups(groups, importance.view(-1, GROUP)))
+
+
+def compensate_int4(weight: Tensor, hessian: Tensor) -> Parts:
+    """weight (N, K), hessian (K, K) = Σ x xᵀ -> parts, the errors of columns made good by others."""
+    weight, upper = weight.float().clone(), _inverse_factor(hessian)
+    N, K = weight.shape
+    numbers = torch.empty(N, K, dtype=torch.uint8)
+    scales, minima = torch.empty(2, N, K // GROUP, dtype=torch.float16)
+    for group, begin in enumerate(range(0, K, GROUP)):
+        end = begin + GROUP
+        block, factor = weight[:, begin:end], upper[begin:end, begin:end]
+        scale, minimum = fit_groups(block, factor.diagonal() ** -2.0)
+        scales[:, group], minima[:, group] = scale, minimum
+        step, start = scales[:, group].float(), minima[:, group].float()
+        divisor = step.where(step != 0, 1)
+        errors = torch.empty(GROUP, N)
+        columns = block.t().contiguous()  # (32, N)
+        for j in range(GROUP):
+            q = columns[j].sub(start).div_(divisor).round_().clamp_(0, 15)
+            numbers[:, begin + j] = q
+            error = columns[j].sub(q.mul_(step).add_(start)).div_(factor[j, j])
+            errors[j] = error
+            columns[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+        weight[:, end:].addmm_(errors.t(), upper[begin:end, end:], alpha=-1)
+    return pack_int4(numbers), scales, minima
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Hessian."""
+    h = hessian.float().clone()
+    mean = h.diagonal().mean()
+    h.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True)
