@@ -1,4 +1,4 @@
-// What PyTorch's own operators cannot do fast enough on a CPU, behind a C interface (see native.py):
+// What PyTorch's own operators cannot do fast enough on a CPU; a C interface, bound in native.py:
 //
 //   step        one pass of a whole dense decoder over a few tokens. It is bound by reading the
 //               weights, so they are read once, in order, by threads that never leave the pass
@@ -213,7 +213,7 @@ float largest(const float* x, int k) {
 
 // Symmetric int8 by the row's largest value; returns the scale.
 float quantise_row(const float* x, int k, int8_t* out) {
-  float scale = std::max(largest(x, k), 1e-12f) / 127, inverse = 1 / scale;
+  float most = std::max(largest(x, k), 1e-30f), inverse = 127 / most;
 #if FAST
   __m512 by = _mm512_set1_ps(inverse);
   for (int i = 0; i < k; i += 16) {
@@ -224,7 +224,7 @@ float quantise_row(const float* x, int k, int8_t* out) {
 #else
   for (int i = 0; i < k; i++) out[i] = int8_t(std::nearbyint(x[i] * inverse));
 #endif
-  return scale;
+  return most / 127;
 }
 
 void narrow_row(const float* x, int k, bf16* out) {
@@ -751,7 +751,7 @@ struct Own {  // what each has for itself
 void normed(const float* x, const float* weight, const Model& model, int n, Format format,
             Own& own) {
   int C = model.C;
-  own.row.resize(C);
+  own.row.resize(std::max(int(own.row.size()), C));
   resize(format, n, C, own.in);
   for (int m = 0; m < n; m++) {
     rms_norm(x + size_t(m) * C, weight, C, model.eps, own.row.data());
@@ -759,7 +759,24 @@ void normed(const float* x, const float* weight, const Model& model, int n, Form
   }
 }
 
-// Rotate and store one sequence's new keys and values of one kv head, then attend to all.
+// Rotate and store a token's key and value of every kv head.
+void remember(const Model& model, const Layer& layer, const Batch& batch, int sequence, int token,
+              const Pass& pass, Own& own) {
+  int H = model.H, K = model.K, D = model.D, position = batch.positions[token];
+  const int32_t* table = batch.tables + size_t(sequence) * batch.table_width;
+  const float* qkv = &pass.qkv[size_t(token) * (H + 2 * K) * D];
+  const float* cos = model.cos + size_t(position) * (D / 2);
+  const float* sin = model.sin + size_t(position) * (D / 2);
+  own.row.resize(std::max(int(own.row.size()), D));
+  for (int head = 0; head < K; head++) {
+    size_t at = Pages{layer.keys, layer.values, table, model.block_size, K, D, head}.at(position);
+    rotate(qkv + (H + head) * D, cos, sin, D, own.row.data());
+    narrow_row(own.row.data(), D, layer.keys + at);
+    narrow_row(qkv + (H + K + head) * D, D, layer.values + at);
+  }
+}
+
+// Attention of one sequence's new tokens in the query heads of one kv head.
 void attend_sequence(const Model& model, const Layer& layer, const Batch& batch, int sequence,
                      int head, Pass& pass, Own& own) {
   int H = model.H, K = model.K, D = model.D, G = H / K, width = (H + 2 * K) * D;
@@ -767,19 +784,13 @@ void attend_sequence(const Model& model, const Layer& layer, const Batch& batch,
   const int32_t* table = batch.tables + size_t(sequence) * batch.table_width;
   Pages pages{layer.keys, layer.values, table, model.block_size, K, D, head};
   AttentionScratch& s = own.attention;
-  own.row.resize(std::max(D, model.C));
+  own.row.resize(std::max(int(own.row.size()), D));
   s.q.resize(size_t(count) * G * D);
   for (int m = 0; m < count; m++) {
     const float* qkv = &pass.qkv[size_t(first + m) * width];
-    int position = batch.positions[first + m];
-    const float* cos = model.cos + size_t(position) * (D / 2);
-    const float* sin = model.sin + size_t(position) * (D / 2);
-    size_t at = pages.at(position);
-    rotate(qkv + (H + head) * D, cos, sin, D, own.row.data());
-    narrow_row(own.row.data(), D, layer.keys + at);
-    narrow_row(qkv + (H + K + head) * D, D, layer.values + at);
+    size_t angles = size_t(batch.positions[first + m]) * (D / 2);
     for (int g = 0; g < G; g++) {
-      rotate(qkv + (head * G + g) * D, cos, sin, D, own.row.data());
+      rotate(qkv + (head * G + g) * D, model.cos + angles, model.sin + angles, D, own.row.data());
       narrow_row(own.row.data(), D, &s.q[size_t(m * G + g) * D]);
     }
   }
@@ -811,6 +822,11 @@ void step_thread(const Model& model, const Batch& batch, Pool& pool, Pass& pass,
     normed(x, layer.input_norm, model, n, layer.qkv.format, own);
     linear(layer.qkv, own.in, Share(width, t, T), pass.qkv.data(), width, false);
     pool.barrier();
+    // All keys are written before any is read: sequences may share a prefix that is new to both.
+    for (int i = 0; i < batch.sequences; i++)
+      for (int m = batch.starts[i]; m < batch.starts[i + 1]; m++)
+        if (m % T == t) remember(model, layer, batch, i, m, pass, own);
+    pool.barrier();
     for (int i = t; i < batch.sequences * model.K; i += T)
       attend_sequence(model, layer, batch, i / model.K, i % model.K, pass, own);
     pool.barrier();
@@ -831,7 +847,7 @@ void step_thread(const Model& model, const Batch& batch, Pool& pool, Pass& pass,
     linear(layer.down, own.in, Share(C, t, T), x, C, true);
     pool.barrier();
   }
-  own.row.resize(C);
+  own.row.resize(std::max(int(own.row.size()), C));
   resize(model.head.format, batch.rows, C, own.in);
   for (int r = 0; r < batch.rows; r++) {
     rms_norm(x + size_t(batch.wanted[r]) * C, model.norm, C, model.eps, own.row.data());
@@ -852,6 +868,22 @@ Pass pass;
 extern "C" {
 
 int32_t fast() { return FAST; }
+
+// What this file was compiled for, in the names of /proc/cpuinfo: a processor without it must not
+// run it.
+const char* needs() {
+  return ""
+#ifdef __AVX2__
+         "avx2 fma "
+#endif
+#ifdef __AVX512F__
+         "avx512f "
+#endif
+#if FAST
+         "avx512bw avx512vl avx512_vnni avx512_bf16 "
+#endif
+      ;
+}
 
 void set_threads(int32_t threads) {
   if (pool && pool->threads() == threads) return;
@@ -910,6 +942,26 @@ void quantise(const bf16* x, int32_t m, int32_t k, int8_t* out, float* scale) {
     for (int i = t; i < m; i += pool->threads()) {
       widen_row(x + size_t(i) * k, k, row.data());
       scale[i] = quantise_row(row.data(), k, out + size_t(i) * k);
+    }
+  });
+}
+
+// An int4 weight (n, k) -> out (n, k).
+void dequantise_int4(const uint8_t* weight, const fp16* scale, const fp16* minimum, int32_t n,
+                     int32_t k, bf16* out) {
+  pool->run([&](int t) {
+    auto& row = own[t].row;
+    row.resize(std::max(int(row.size()), k));
+    for (int i = t; i < n; i += pool->threads()) {
+      for (int g = 0; g < k / GROUP; g++) {
+        size_t group = size_t(i) * (k / GROUP) + g;
+        const uint8_t* at = weight + size_t(i) * (k / 2) + g * GROUP / CHUNK * (CHUNK / 2);
+        float by = half(scale[group]), from = half(minimum[group]);
+        int shift = g * GROUP % CHUNK ? 4 : 0;
+        for (int j = 0; j < GROUP; j++)
+          row[g * GROUP + j] = float((at[j] >> shift) & 15) * by + from;
+      }
+      narrow_row(row.data(), k, out + size_t(i) * k);
     }
   });
 }
