@@ -23,10 +23,8 @@ import transformers
 
 from harness import alternate, finish, options, ratios, spread
 from qwen2.common.runtime import set_threads
-from qwen2.inference import SamplingParams, Sequence, step
-from qwen2.model.decoder import Qwen2
+from qwen2.inference import Engine, EngineConfig, SamplingParams
 from qwen2.model.hub import load, save
-from qwen2.tokenizer import Tokenizer
 
 PROMPT, NEW = 64, 32
 
@@ -51,19 +49,21 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         other = transformers.Qwen2ForCausalLM.from_pretrained(
             Path(scratch) / "model", dtype=torch.bfloat16
         ).eval()
+    # The same prompts come again and again, and are to be computed each time.
+    engine = Engine(model, tokenizer, EngineConfig(prefix_cache=False))
     text = tokenizer.encode("\n".join(Path(__file__).read_text() for _ in range(4)))
     figures: dict[str, Any] = {}
     prompt = text[:PROMPT]
     runs: dict[str, dict[str, Callable[[], float]]] = {
         "decode": {
-            "ours": lambda: our_decode(model, tokenizer, prompt),
+            "ours": lambda: our_decode(engine, prompt),
             "peer": lambda: their_decode(other, prompt),
         }
     }
     for length in (512, 2048):
         ids = (text * (1 + length // len(text)))[:length]
         runs[f"prefill_{length}"] = {
-            "ours": lambda ids=ids: our_prefill(model, tokenizer, ids),
+            "ours": lambda ids=ids: our_prefill(engine, ids),
             "peer": lambda ids=ids: their_prefill(other, ids),
         }
     for what, sides in runs.items():
@@ -74,23 +74,22 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def our_decode(model: Qwen2, tokenizer: Tokenizer, prompt: list[int]) -> float:
+def our_decode(engine: Engine, prompt: list[int]) -> float:
     """Tokens per second after the prompt."""
-    params = SamplingParams(max_tokens=NEW + 2, ignore_eos=True)
-    sequence = Sequence(model, tokenizer, prompt, params)
-    step(model, [sequence])
+    request = engine.submit(prompt, SamplingParams(max_tokens=NEW + 2, ignore_eos=True))
+    engine.step()
     started = time.perf_counter()
     for _ in range(NEW):
-        step(model, [sequence])
-    return NEW / (time.perf_counter() - started)
+        engine.step()
+    seconds = time.perf_counter() - started
+    engine.cancel(request)
+    return NEW / seconds
 
 
-def our_prefill(model: Qwen2, tokenizer: Tokenizer, ids: list[int]) -> float:
+def our_prefill(engine: Engine, ids: list[int]) -> float:
     """Prompt tokens per second, to the first token."""
-    sequence = Sequence(model, tokenizer, ids, SamplingParams(max_tokens=1))
     started = time.perf_counter()
-    while not sequence.output:
-        step(model, [sequence])
+    engine.generate([ids], SamplingParams(max_tokens=1))
     return len(ids) / (time.perf_counter() - started)
 
 

@@ -39,18 +39,18 @@ def tokens_of_text(tokenizer: Any, count: int) -> list[int]:
     raise SystemExit("the standard library's documents are too short for this length")
 
 
-def prefill(model: Any, ids: list[int], cache: Any, scheme: Any) -> float:
-    """Seconds of one pass over `ids` after what is in `cache`."""
+def prefill(model: Any, ids: list[int], first: int, store: Any, scheme: Any) -> float:
+    """Seconds of one pass over ids[first : first + PIECE], after those before it in `store`."""
     import torch
 
-    from qwen2.model.cache import CachedAttention
+    from qwen2.model.cache import PagedAttention
 
     start = time.perf_counter()
-    attention = CachedAttention([cache], [len(ids)], scheme)
+    ids = ids[first : first + PIECE]
+    attention = PagedAttention(store, [torch.arange(first + len(ids))], [len(ids)], scheme)
     device = model.device
     positions, last = attention.positions(device), attention.last_rows(device)
     logits = model(torch.tensor(ids), positions, attention, last)
-    attention.advance()
     assert logits.isfinite().all()
     return time.perf_counter() - start
 
@@ -61,7 +61,7 @@ def measure_speed(name: str, length: int) -> dict[str, Any]:
 
     import qwen2
     from qwen2.model.attention import CAUSAL
-    from qwen2.model.cache import KVCache
+    from qwen2.model.cache import KVStore
     from qwen2.model.config import DualChunk
     from qwen2.model.dual_chunk import DualChunkAttention
 
@@ -70,15 +70,14 @@ def measure_speed(name: str, length: int) -> dict[str, Any]:
     ids = tokens_of_text(tokenizer, length)
     chunks = DualChunk(chunk_size=CHUNK, local_size=WINDOW, original_max_position_embeddings=CHUNK)
     schemes = {"dual_chunk": DualChunkAttention(chunks), "plain": CAUSAL}
-    caches = {key: KVCache(model.config, model.dtype, model.device) for key in schemes}
+    stores = {k: KVStore(model.config, length, model.dtype, model.device) for k in schemes}
     seconds: dict[str, list[float]] = {key: [] for key in schemes}
     with torch.inference_mode():
-        for scheme in schemes.values():  # a warm-up of the kernels
-            prefill(model, ids[:64], KVCache(model.config, model.dtype, model.device), scheme)
+        for key, scheme in schemes.items():  # a warm-up of the kernels
+            prefill(model, ids[:64], 0, stores[key], scheme)
         for number, first in enumerate(range(0, length, PIECE)):
             for key in list(schemes)[:: 1 if number % 2 else -1]:
-                piece = ids[first : first + PIECE]
-                seconds[key].append(prefill(model, piece, caches[key], schemes[key]))
+                seconds[key].append(prefill(model, ids, first, stores[key], schemes[key]))
             print(first + PIECE, {k: round(v[-1], 2) for k, v in seconds.items()}, file=sys.stderr)
     total = {key: sum(values) for key, values in seconds.items()}
     return {
@@ -111,24 +110,25 @@ def one(name: str, lengths: list[int]) -> None:
     import torch
 
     import qwen2
-    from qwen2.model.cache import KVCache
+    from qwen2.model.cache import KVStore
 
     model, tokenizer = qwen2.load(name, context=131_072)
     model.fuse_projections()
     ids = tokens_of_text(tokenizer, max(lengths))
-    cache = KVCache(model.config, model.dtype, model.device)
+    store = KVStore(model.config, max(lengths), model.dtype, model.device)
     before, seconds, found = forget_peak(), 0.0, []
     with torch.inference_mode():
         for first in range(0, max(lengths), PIECE):
-            seconds += prefill(model, ids[first : first + PIECE], cache, model.scheme)
-            if cache.length in lengths:
+            seconds += prefill(model, ids, first, store, model.scheme)
+            length = min(first + PIECE, max(lengths))
+            if length in lengths:
                 figures = {
-                    "length": cache.length,
+                    "length": length,
                     "seconds": round(seconds, 1),
-                    "tokens_per_second": round(cache.length / seconds, 1),
+                    "tokens_per_second": round(length / seconds, 1),
                     "peak_rss_bytes": resident("VmHWM"),
                     "rss_bytes_before": before,
-                    "kv_cache_bytes": cache.length * model.config.kv_bytes_per_token("bf16"),
+                    "kv_cache_bytes": length * model.config.kv_bytes_per_token("bf16"),
                 }
                 print(figures, file=sys.stderr)
                 found.append(figures)

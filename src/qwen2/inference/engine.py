@@ -342,8 +342,7 @@ class Engine:
     def _draw(self, part: Part, logits: Tensor, best: list[int]) -> None:
         """Draw tokens from logits (draws, V): one, and one more for each guess that was right."""
         request = part.request
-        guesses = request.ids[:0] if part.draws == 1 else request.draft[: part.draws - 1]
-        request.draft = []
+        guesses, request.draft = request.draft[: part.draws - 1], []
         tokens: list[int] = []
         text = ""
         for row, guess in enumerate([*guesses, None]):

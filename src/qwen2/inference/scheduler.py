@@ -100,15 +100,16 @@ class Scheduler:
         while index < len(self.running):  # preemption takes from the end of the list
             request = self.running[index]
             if len(request.ids) - request.computed == 1:
-                if not self._grow(request, len(request.ids) + len(request.draft)):
+                if not self._grow(request):
                     return
+                self._fit_draft(request)
                 self._take(batch, request)
             index += 1
 
-    def _grow(self, request: Request, tokens: int) -> bool:
-        """Have blocks for so many tokens, at the cost of later requests; False: at its own."""
-        while (missing := self._blocks_for(tokens) - len(request.blocks)) > 0:
-            blocks = self.pool.allocate(missing)
+    def _grow(self, request: Request) -> bool:
+        """Have a block for the next token, at the cost of later requests; False: at its own."""
+        while len(request.ids) > len(request.blocks) * self.block_size:
+            blocks = self.pool.allocate(1)
             if blocks is not None:
                 self._hold(request, blocks)
                 continue
@@ -120,6 +121,16 @@ class Scheduler:
             if last is request:
                 return False
         return True
+
+    def _fit_draft(self, request: Request) -> None:
+        """Keep of the draft what can be used; nobody is preempted for guesses."""
+        # After the last guess that is right, one more token is drawn.
+        draft = request.draft[: max(0, request.room - len(request.output) - 1)]
+        known = len(request.ids)
+        missing = self._blocks_for(known + len(draft)) - len(request.blocks)
+        if missing > 0 and (blocks := self.pool.allocate(missing)) is not None:
+            self._hold(request, blocks)
+        request.draft = draft[: len(request.blocks) * self.block_size - known]
 
     def _admit(self, request: Request) -> bool:
         """Give the first of the waiting all blocks that its ids need, as far as there are any.
