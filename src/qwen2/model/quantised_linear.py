@@ -267,6 +267,11 @@ def quantised_weights(model: nn.Module) -> dict[str, Format]:
     }
 
 
+def named_parts(name: str, format_: Format, parts: Parts) -> dict[str, Tensor]:
+    """The parts of the weight `name` by their own names."""
+    return {name + suffix: part for suffix, part in zip(format_.suffixes, parts, strict=True)}
+
+
 def quantised_types(model: nn.Module) -> dict[str, torch.dtype]:
     """Names of the parts of all weights of `model` in a format, and their number types."""
     tensors = model.state_dict()

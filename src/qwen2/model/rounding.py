@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen2.model.quantised_linear import GROUP, Parts, pack_int4
+from qwen2.model.quantised_linear import GROUP, Parts, encode_int4, pack_int4
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean (GPTQ, section 3.3)."""
@@ -58,18 +58,16 @@ def fit_groups(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
 
 def search_int4(weight: Tensor, importance: Tensor) -> Parts:
     """weight (N, K), importance (K,) of its columns -> parts, each number rounded by itself."""
-    from qwen2.model.quantised_linear import encode_int4
-
     groups = weight.float().unflatten(-1, (-1, GROUP))
     return encode_int4(groups, *fit_groups(groups, importance.view(-1, GROUP)))
 
 
-def compensate_int4(weight: Tensor, hessian: Tensor) -> Parts:
-    """weight (N, K), hessian (K, K) = Σ x xᵀ -> parts, the errors of columns made good by others."""
-    weight, upper = weight.float().clone(), _inverse_factor(hessian)
+def compensate_int4(weight: Tensor, upper: Tensor) -> Parts:
+    """weight (N, K), upper (K, K) of `inverse_factor` -> parts; later columns mend earlier ones."""
+    weight = weight.to(torch.float32, copy=True)
     N, K = weight.shape
-    numbers = torch.empty(N, K, dtype=torch.uint8)
-    scales, minima = torch.empty(2, N, K // GROUP, dtype=torch.float16)
+    numbers = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
+    scales, minima = weight.new_empty(2, N, K // GROUP, dtype=torch.float16)
     for group, begin in enumerate(range(0, K, GROUP)):
         end = begin + GROUP
         block, factor = weight[:, begin:end], upper[begin:end, begin:end]
@@ -77,7 +75,7 @@ def compensate_int4(weight: Tensor, hessian: Tensor) -> Parts:
         scales[:, group], minima[:, group] = scale, minimum
         step, start = scales[:, group].float(), minima[:, group].float()
         divisor = step.where(step != 0, 1)
-        errors = torch.empty(GROUP, N)
+        errors = weight.new_empty(GROUP, N)
         columns = block.t().contiguous()  # (32, N)
         for j in range(GROUP):
             q = columns[j].sub(start).div_(divisor).round_().clamp_(0, 15)
@@ -89,9 +87,9 @@ def compensate_int4(weight: Tensor, hessian: Tensor) -> Parts:
     return pack_int4(numbers), scales, minima
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Hessian."""
-    h = hessian.float().clone()
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor (K, K) of the inverse of H = Σ x xᵀ, damped."""
+    h = hessian.clone()
     mean = h.diagonal().mean()
     h.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))

@@ -30,6 +30,7 @@ from qwen2.model.stacks import Joined, Piece, layout_of, pieces_of
 from qwen2.model.stored import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NORM = "model.norm.weight"
 _EMBEDDING_PART, _HEAD_PART = "model.embed_tokens.", "lm_head."
 
 PLAIN_BLOCK, QUANTISED_BLOCK = 1 << 20, 1 << 19
@@ -60,7 +61,12 @@ def build(
     kept = quantised_types(model)
     types = {name: kept.get(name, dtype) for name in sources}
     state = _read_all(sources, list(model.fusible()), types, device, joined)
-    for name in tied_names(config, model.state_dict()):
+    return assemble(model, state)
+
+
+def assemble(model: Qwen2, state: dict[str, Tensor]) -> Qwen2:
+    """`model`, from the meta device, with the parameters of `state`; a tied head is not in it."""
+    for name in tied_names(model.config, model.state_dict()):
         state[name] = state[name.replace(_HEAD_PART, _EMBEDDING_PART)]
     model.load_state_dict(state, assign=True)
     model.tie_weights()
@@ -155,11 +161,11 @@ def _fill(pairs: Sequence[tuple[StoredTensor, Tensor]]) -> None:
     """Read each stored tensor into the one beside it, in blocks of rows."""
     in_threads(
         lambda stored, out, start, rows: stored.read_rows(start, _rows(out, start, rows)),
-        [(*pair, *block) for pair in pairs for block in _row_blocks(pair[0])],
+        [(*pair, *block) for pair in pairs for block in row_blocks(pair[0])],
     )
 
 
-def _row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
+def row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
     """(start, rows) of consecutive blocks; a vector is one."""
     *outer, width = stored.shape
     if not outer:
@@ -242,7 +248,7 @@ def _check_tied(stored: Mapping[str, StoredTensor], name: str, where: Path) -> N
     """Some files of tied models carry the head as well: it must be the embedding."""
     part = name.replace(_HEAD_PART, _EMBEDDING_PART)
     embedding, head = stored[part], stored[name]
-    for start, rows in _row_blocks(embedding):
+    for start, rows in row_blocks(embedding):
         one, other = torch.empty(2, rows, *embedding.shape[1:])
         embedding.read_rows(start, one)
         head.read_rows(start, other)
