@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
-from qwen2.common.runtime import free_memory
+from qwen2.common.runtime import free_memory, keep_freed_memory
 from qwen2.inference.blocks import BlockPool
 from qwen2.inference.detokenize import TextStream
 from qwen2.inference.logprobs import TokenLogprob, token_logprobs
@@ -32,6 +32,7 @@ from qwen2.inference.request import Completion, FinishReason, Output, Request
 from qwen2.inference.runner import Runner
 from qwen2.inference.sampling import Constraint, Sampler, SamplingParams
 from qwen2.inference.scheduler import Part, Schedule, Scheduler
+from qwen2.model import kernels
 from qwen2.model.cache import KVStore
 from qwen2.model.decoder import Qwen2
 from qwen2.tokenizer import Tokenizer
@@ -120,6 +121,8 @@ class Engine:
         self.config = config = config or EngineConfig()
         if draft is not None or config.speculate or config.kv_dtype != "auto":
             raise UserError("speculate, draft and kv_dtype are not built yet; leave them out")
+        keep_freed_memory()
+        kernels.tune()
         model.fuse_projections()
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary = min(tokenizer.vocab_size, model.config.vocab_size)

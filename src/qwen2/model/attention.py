@@ -45,6 +45,9 @@ class Scheme(Protocol):
     def attend(self, layer: int, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Tensor:
         """The last T of S tokens: queries (T, H, D) each, k and v (S, K, D) -> (T, H, D)."""
 
+    def is_plain(self, layer: int) -> bool:
+        """Whether every token sees all before it, through one rotation."""
+
 
 class CausalScheme:
     """Every token sees all before it and itself, or in some layers only a window of them.
@@ -71,6 +74,10 @@ class CausalScheme:
         if window is None or window >= len(k):
             return causal_attention(queries[0], k, v)
         return windowed_attention(queries[0], k, v, window)
+
+    def is_plain(self, layer: int) -> bool:
+        """Without a window."""
+        return not self.windows or self.windows[layer] is None
 
 
 CAUSAL = CausalScheme()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwen2.model import kernels, native
 from qwen2.model.attention import CAUSAL, Scheme
 from qwen2.model.config import ModelConfig
 from qwen2.model.rope import Rope, Rotary
@@ -68,6 +69,9 @@ class PagedAttention:
         new = [table[-count:] for table, count in zip(self.tables, self.counts, strict=True)]
         self._new = (new[0] if len(new) == 1 else torch.cat(new)).to(device)  # (N,)
         self._places = [_place(table, device) for table in self.tables]
+        keys = store.keys[0]
+        paged = native.can_attend(keys.shape[-1], keys.dtype, device)
+        self._slots = [table.int() for table in self.tables] if paged else []
 
     def positions(self, device: torch.device) -> Tensor:
         """Positions (N,) of the new tokens in their sequences."""
@@ -91,6 +95,13 @@ class PagedAttention:
         queries, k = self.scheme.rotate(q, k, rotary)
         self.store.write(layer, self._new, k, v)
         out, first = [], 0
+        if self._slots and self.scheme.is_plain(layer):
+            keys, values = self.store.keys[layer], self.store.values[layer]
+            for slots, count in zip(self._slots, self.counts, strict=True):
+                new = queries[0][first : first + count]
+                out.append(kernels.TABLE["attention"](new, keys, values, slots))
+                first += count
+            return out[0] if len(out) == 1 else torch.cat(out)
         for place, count in zip(self._places, self.counts, strict=True):
             keys, values = self.store.read(layer, place)
             rotated = [q[first : first + count] for q in queries]

@@ -103,16 +103,14 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_products(
-    products: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Integer products (M, N), scales (M,) and (N,), bias fp32 (N,) -> bf16 (M, N)."""
+    products: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Integer products (M, N), scales (M,) and (N,), bias fp32 (N,) -> out, bf16 (M, N)."""
     M, N = products.shape
-    out = torch.empty((M, N), dtype=torch.bfloat16)
     call(
         "scale_products", _at(products), _at(x_scale), _at(w_scale),
         _at(bias) if bias is not None else None, M, N, _at(out),
     )  # fmt: skip
-    return out
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Files and modules hold the same tensors, so that a saved model is mapped as it i
 Each 64 numbers of an int4 row are 32 bytes: the low nibbles are numbers 0 to 31, the high ones 32
 to 63, so that a vector register holds a group in order. Stacks of experts have E in front.
 
-`int8_linear` and `int4_linear` are the reference in plain PyTorch of any faster kernel.
+`int8_linear` and `int4_linear` are the plain reference; kernels.py has the faster ones.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen2.model import kernels
 from qwen2.model.config import Quantisation
 from qwen2.model.linear import Linear
 
@@ -141,14 +142,23 @@ def _empty_int4(shape: tuple[int, ...]) -> Parts:
     return packed, scale, minimum
 
 
-# The products are looked up at each call, so that another may take their name.
+def _product(operation: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The fastest kernel where there is a choice, which is for bf16 on the CPU, else `plain`."""
+
+    def product(x: Tensor, *parts: Tensor | None) -> Tensor:
+        fast = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        return kernels.TABLE[operation](x.contiguous(), *parts) if fast else plain(x, *parts)
+
+    return product
+
+
 INT8 = Format(
     "int8",
     ("", "_scale"),
     _empty_int8,
     quantise_rows,
     dequantise_int8,
-    lambda *operands: int8_linear(*operands),
+    _product("int8 rows", int8_linear),
 )
 INT4 = Format(
     "int4",
@@ -156,7 +166,7 @@ INT4 = Format(
     _empty_int4,
     round_int4,
     dequantise_int4,
-    lambda *operands: int4_linear(*operands),
+    _product("int4 rows", int4_linear),
 )
 
 
