@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 GENERATOR = torch.Generator().manual_seed(3)
 LONG = torch.randint(0, 256, (60,), generator=GENERATOR).tolist()
-PROMPTS = [LONG[:45], LONG[:45] + [1, 2], LONG[:20] + [7], [9], LONG[30:], LONG[:45]]
+PROMPTS = [LONG[:45], [*LONG[:45], 1, 2], [*LONG[:20], 7], [9], LONG[30:], LONG[:45]]
 TOKENS = 25
 
 
@@ -115,12 +115,12 @@ def alone(prompt: tuple[int, ...], params: str) -> list[int]:
 
 prompts = st.builds(
     lambda common, own: LONG[:common] + own,
-    st.sampled_from([0, 3, 4, 9, 12]),
-    st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    st.sampled_from([0, 4, 7, 12]),
+    st.lists(st.integers(0, 1), min_size=1, max_size=3),
 )
 parameters = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 20),
+    max_tokens=st.sampled_from([1, 5, 17]),
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.just(7),
     ignore_eos=st.just(True),
@@ -133,33 +133,32 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = small(max_batch_tokens=11, max_running=5)
+        self.engine = small(max_batch_tokens=11, max_running=5, kv_tokens=32)
         self.requests: list[Request] = []
         self.outputs: dict[int, list[int]] = {}
         self.cancelled: set[int] = set()
 
-    @rule(prompt=prompts, params=parameters, salt=st.sampled_from(["", "a"]))
-    def submit(self, prompt: list[int], params: SamplingParams, salt: str) -> None:
-        ids: list[int] = []
-        request = self.engine.submit(
-            prompt, params, salt=salt, on_output=lambda output: ids.extend(output.token_ids)
-        )
-        self.requests.append(request)
-        self.outputs[request.id] = ids
+    @rule(
+        several=st.lists(st.tuples(prompts, parameters), min_size=1, max_size=3),
+        salt=st.sampled_from(["", "", "a"]),
+    )
+    def submit(self, several: list[tuple[list[int], SamplingParams]], salt: str) -> None:
+        for prompt, params in several:
+            ids: list[int] = []
+            request = self.engine.submit(
+                prompt,
+                params,
+                salt=salt,
+                on_output=lambda output, ids=ids: ids.extend(output.token_ids),
+            )
+            self.requests.append(request)
+            self.outputs[request.id] = ids
 
     @rule(steps=st.integers(1, 8))
     def step(self, steps: int) -> None:
         for _ in range(steps):
             work = self.engine.step()
             assert work == self.engine.has_work
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(self.requests))
-        if request.finish_reason is None:
-            self.cancelled.add(request.id)
-        self.engine.cancel(request)
 
     @rule(right=st.integers(0, 4), wrong=st.lists(st.integers(0, 255), max_size=3))
     def guess(self, right: int, wrong: list[int]) -> None:
@@ -169,8 +168,21 @@ class Machine(RuleBasedStateMachine):
                 known = len(request.output)
                 coming = alone(tuple(request.prompt), request.params.model_dump_json())
                 request.draft = coming[known : known + right] + wrong
+        self.engine.step()
 
-    @rule(late=st.booleans())
+    @precondition(lambda self: self.engine.has_work)
+    @rule(kind=st.sampled_from(["cancel", "interrupt", "interrupt late", "forget"]), data=st.data())
+    def disturb(self, kind: str, data: st.DataObject) -> None:
+        if kind == "cancel":
+            request = data.draw(st.sampled_from(self.requests))
+            if request.finish_reason is None:
+                self.cancelled.add(request.id)
+            self.engine.cancel(request)
+        elif kind == "forget":
+            self.engine.forget()
+        else:
+            self.interrupt(late=kind == "interrupt late")
+
     def interrupt(self, late: bool) -> None:
         """A pass that breaks off, before or after it has written to the cache."""
         run = self.engine.runner.run
@@ -180,15 +192,10 @@ class Machine(RuleBasedStateMachine):
                 run(batch)
             raise KeyboardInterrupt
 
-        if self.engine.has_work:
-            self.engine.runner.run = broken  # type: ignore[method-assign]
-            with pytest.raises(KeyboardInterrupt):
-                self.engine.step()
-            self.engine.runner.run = run  # type: ignore[method-assign]
-
-    @rule()
-    def forget(self) -> None:
-        self.engine.forget()
+        self.engine.runner.run = broken  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            self.engine.step()
+        self.engine.runner.run = run  # type: ignore[method-assign]
 
     @invariant()
     def blocks_are_held_by_the_running_alone(self) -> None:
@@ -225,4 +232,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestEngine = Machine.TestCase
-TestEngine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestEngine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)

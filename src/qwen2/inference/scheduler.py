@@ -45,8 +45,8 @@ class Schedule(Batch):
     """A batch, and whose it is; and what it may still take."""
 
     parts: list[Part] = field(default_factory=list)
-    room: int = 0
-    scores: int = SCORED_ROWS
+    room: int = 0  # tokens
+    scores: int = 0  # rows of logits for prompts' logprobs
 
 
 class Scheduler:
@@ -63,7 +63,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The next pass; empty when there is nothing to do."""
-        batch = Schedule(room=self.batch_tokens)
+        batch = Schedule(room=self.batch_tokens, scores=SCORED_ROWS)
         self._decode(batch)
         if batch.parts:
             batch.room = min(batch.room, BESIDE_DECODES)
