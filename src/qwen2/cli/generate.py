@@ -16,6 +16,7 @@ from qwen2.cli.options import (
     Json,
     MaxTokens,
     Model,
+    Quantize,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -48,6 +49,7 @@ def generate(
     context: Context = None,
     extend: Extend = "dca+yarn",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -71,7 +73,7 @@ def generate(
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     set_threads(threads)
-    language_model, tokenizer = load_for(model, dtype, device, context, extend)
+    language_model, tokenizer = load_for(model, dtype, device, context, extend, quantize)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})

@@ -87,7 +87,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, type_: str) -> None:
             for number, (name, source) in enumerate(sources.items(), 1):
                 _pad(file, writer.data_alignment)
                 for block in _encoded(source, kinds[name]):
-                    file.write(block)
+                    file.write(block.data)
                 progress.update(number)
             _pad(file, writer.data_alignment)
 

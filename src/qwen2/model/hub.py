@@ -24,6 +24,7 @@ from qwen2.model.stored import StoredTensor
 from qwen2.model.weights import NORM, build
 
 if TYPE_CHECKING:
+    from qwen2.model.calibrate import Calibration
     from qwen2.tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "load", "load_config", "load_model", "locate", "open_checkpoint", "save"]
@@ -66,16 +67,22 @@ class Checkpoint:
         config: ModelConfig | None = None,
         *,
         quantize: str | None = None,
+        calibration: Calibration | None = None,
         joined: bool = False,
     ) -> Qwen2:
-        """The module with its parameters, by its own configuration or `config`; see `load`."""
+        """The module with its parameters, by its own configuration or `config`; see `load`.
+
+        `calibration` is for int4, see calibrate.py.
+        """
         chosen, place = self.choose_dtype(dtype), pick_device(device)
         config = config or self.config
         if quantize is None or (config.quantisation and quantize == config.quantisation.method):
             return build(config, self.tensors, self.path, chosen, place, joined)
         from qwen2.model.quantise import build_quantised
 
-        return build_quantised(config, self.tensors, self.path, chosen, place, quantize)
+        return build_quantised(
+            config, self.tensors, self.path, chosen, place, quantize, calibration
+        )
 
 
 def load(
