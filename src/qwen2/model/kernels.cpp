@@ -45,6 +45,7 @@ using fp16 = uint16_t;
 constexpr int TILE = 4;    // rows of a weight, and tokens, that are multiplied together
 constexpr int MOST_D = 256;
 constexpr int KEYS = 64;   // keys whose scores exist at the same time
+constexpr int AHEAD = 4096;  // bytes of a weight that are fetched before they are needed
 constexpr int GROUP = 32;  // values of an int4 weight that share scale and minimum
 constexpr int CHUNK = 64;  // values of an int4 weight whose nibbles lie in 32 bytes
 
@@ -137,11 +138,9 @@ struct Share {
   }
 };
 
-// --------------------------------------------------------------------------------- products
-
-struct Inputs;
-
 }  // namespace
+
+// --------------------------------------------------------------- what native.py hands over
 
 extern "C" {
 
@@ -186,6 +185,8 @@ struct Batch {
 
 namespace {
 
+// --------------------------------------------------------------------------------- products
+
 // m rows of inputs in the form that a format's products want.
 struct Inputs {
   int m = 0, k = 0;
@@ -213,7 +214,8 @@ float largest(const float* x, int k) {
 
 // Symmetric int8 by the row's largest value; returns the scale.
 float quantise_row(const float* x, int k, int8_t* out) {
-  float most = std::max(largest(x, k), 1e-30f), inverse = 127 / most;
+  float most = std::max(largest(x, k), 1e-30f);
+  float inverse = 1 / most * 127;  // as PyTorch divides a number by a tensor
 #if FAST
   __m512 by = _mm512_set1_ps(inverse);
   for (int i = 0; i < k; i += 16) {
@@ -280,6 +282,12 @@ inline __m512i dot_bytes(__m512i sum, __m512i unsigned_bytes, __m512i signed_byt
   return sum;
 }
 
+// Ask for what will be read next; more ahead when there is more to compute in between.
+template <int M>
+inline void fetch(const void* now) {
+  _mm_prefetch((const char*)now + (M == 1 ? AHEAD : 2 * AHEAD), _MM_HINT_T0);
+}
+
 inline __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
   __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -310,7 +318,7 @@ void bf16_tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)
   for (int i = 0; i < k; i += 32) {
     __m512bh weights[TILE];
     EACH(r, TILE) {
-      _mm_prefetch((const char*)(rows + size_t(r) * k + i) + 2048, _MM_HINT_T0);
+      fetch<M>(rows + size_t(r) * k + i);
       weights[r] = (__m512bh)_mm512_loadu_si512(rows + size_t(r) * k + i);
     }
     EACH(m, M) {
@@ -342,7 +350,7 @@ void int8_tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)
   for (int i = 0; i < k; i += 64) {
     __m512i weights[TILE];
     EACH(r, TILE) {
-      _mm_prefetch((const char*)(rows + size_t(r) * k + i) + 2048, _MM_HINT_T0);
+      fetch<M>(rows + size_t(r) * k + i);
       weights[r] = _mm512_loadu_si512(rows + size_t(r) * k + i);
     }
     EACH(m, M) {
@@ -383,7 +391,7 @@ void int4_tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)
   for (int i = 0; i < k; i += CHUNK) {
     EACH(r, TILE) {
       const uint8_t* at = rows + size_t(r) * (k / 2) + i / 2;
-      _mm_prefetch((const char*)at + 2048, _MM_HINT_T0);
+      fetch<M>(at);
       __m256i packed = _mm256_loadu_si256((const __m256i*)at);
       __m512i weights = _mm512_and_si512(
           low, _mm512_inserti64x4(_mm512_castsi256_si512(packed), _mm256_srli_epi16(packed, 4), 1));
