@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qwen2
-from qwen2.cli import chat, convert, generate, quickstart, score, tokenizer, train, upcycle
+from qwen2.cli import chat, convert, doctor, generate, quickstart, score, tokenizer, train, upcycle
 from qwen2.common.errors import UserError
 
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
@@ -46,6 +46,7 @@ app.command()(convert.convert)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(train.train)
 app.command()(upcycle.upcycle)
+app.command()(doctor.doctor)
 
 
 def main() -> None:
