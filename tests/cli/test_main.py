@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from qwen2.cli.chat import Conversation
+from qwen2.inference import SamplingParams
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
-from qwen2.model.hub import save
+from qwen2.model.hub import load, save
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import write_shards
 
@@ -184,6 +186,17 @@ def test_chat_keeps_the_conversation(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") >= 7
     assert "/reset forgets" in done.stderr
+
+
+def test_chat_computes_what_was_said_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = Conversation(*load(folder), SamplingParams(max_tokens=30), None)
+    conversation.answer("a question that fills some blocks of the cache")
+    before = conversation.engine.stats
+    conversation.answer("more")
+    hits = conversation.engine.stats.prefix_hits - before.prefix_hits
+    assert before.prompt_tokens - 16 < hits
+    assert len(conversation.messages) == 4
+    assert capsys.readouterr().out.splitlines()[0] == conversation.messages[1]["content"]
 
 
 @pytest.mark.slow

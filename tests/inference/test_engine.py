@@ -142,6 +142,9 @@ def test_generation_ends_with_the_context() -> None:
         ([5] * 128, {}, "128 tokens and the model's context 128"),
         ([259], {}, "259"),
         ([-1], {}, "259"),
+        ([2**70], {}, "integers"),
+        ([1.0], {}, "integers"),
+        (["a"], {}, "integers"),
         ([5] * 90, {"max_tokens": 8}, "the cache holds 96; lower max_tokens or raise kv_tokens"),
         ([5] * 97, {"max_tokens": 1}, "the cache holds 96"),
         ([5], {"logit_bias": {259: 1.0}}, "logit_bias"),
@@ -149,7 +152,7 @@ def test_generation_ends_with_the_context() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_and_harms_nothing(
-    prompt: list[int], values: dict[str, Any], message: str
+    prompt: list[Any], values: dict[str, Any], message: str
 ) -> None:
     ours = engine(kv_tokens=96)
     with pytest.raises(UserError, match=message):
@@ -239,6 +242,25 @@ def test_a_broken_pass_leaves_the_engine_usable(
     expected = run([PROMPTS[1], PROMPTS[1] + list(b" and more")], params())
     assert Completion.of(request) == expected[0]
     assert ours.generate([PROMPTS[1] + list(b" and more")], params()) == expected[1:]
+    assert ours.stats.kv_used == 0
+
+
+def test_whoever_ends_in_a_broken_pass_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    ours = engine()
+    outputs: list[Output] = []
+    for count in (1, 2):
+        ours.submit(PROMPTS[0], params(max_tokens=count, logprobs=0), on_output=outputs.append)
+    with monkeypatch.context() as patched:
+        patched.setattr("qwen2.inference.engine.token_logprobs", broken)
+        with pytest.raises(MemoryError):
+            ours.step()
+    assert [output.finish_reason for output in outputs] == ["length"]
+    assert ours.stats.waiting == 1
+    ours.end_all("error", "MemoryError")
+    assert [output.finish_reason for output in outputs] == ["length", "error"]
     assert ours.stats.kv_used == 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import qwen2
-from qwen2.inference import Engine, SamplingParams
+from qwen2.inference import Engine, EngineConfig, SamplingParams
 from qwen2.model.extend import extended, with_config
 from qwen2.tokenizer.chatml import ChatTemplate
 
@@ -35,6 +35,39 @@ def test_greedy_ids_with_the_cache(real_checkpoint: Path, dtype: str) -> None:
     assert completion.token_ids == ANSWER
     assert completion.text == "The capital of France is Paris."
     assert completion.finish_reason == "stop"
+
+
+def test_greedy_ids_whatever_shares_the_batch(real_checkpoint: Path) -> None:
+    """Small pieces of prompts, others beside, and a cache so small that some are preempted."""
+    model, tokenizer = qwen2.load(real_checkpoint, dtype="fp32")
+    config = EngineConfig(max_batch_tokens=13, max_running=4, kv_tokens=100)
+    engine = Engine(model, tokenizer, config)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids, _ = ChatTemplate().encode(tokenizer, messages, add_generation_prompt=True)
+    params = SamplingParams(max_tokens=20)
+    others = [engine.submit(ids[: 9 * count], params) for count in (1, 2, 3)]
+    requests = [engine.submit(ids, params) for _ in range(2)]
+    while engine.step():
+        pass
+    assert [request.output for request in requests] == [ANSWER] * 2
+    assert engine.stats.preemptions > 0
+    assert requests[1].cached_tokens > 0
+    assert all(request.finish_reason for request in others)
+    assert engine.stats.kv_used == 0
+
+
+def test_the_first_step_by_its_figures(real_checkpoint: Path) -> None:
+    """The five likeliest tokens: differences of their logits, measured elsewhere in fp32."""
+    model, tokenizer = qwen2.load(real_checkpoint, dtype="fp32")
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids, _ = ChatTemplate().encode(tokenizer, messages, add_generation_prompt=True)
+    params = SamplingParams(max_tokens=1, logprobs=5)
+    (completion,) = Engine(model, tokenizer).generate([ids], params)
+    (first,) = completion.logprobs
+    assert [token for token, _ in first.top] == [785, 2121, 49000, 59604, 40]
+    logits = [23.237, 18.960, 18.959, 17.692, 16.853]
+    differences = [logprob - first.logprob for _, logprob in first.top]
+    assert differences == pytest.approx([x - logits[0] for x in logits], abs=0.01)
 
 
 @pytest.mark.parametrize("extend", ["dca+yarn", "dca"])

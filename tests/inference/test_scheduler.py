@@ -10,7 +10,7 @@ from tiny_models import BYTES, build
 
 from qwen2.common.errors import UserError
 from qwen2.inference import Engine, EngineConfig, Request, SamplingParams, scheduler
-from qwen2.inference.engine import default_kv_tokens
+from qwen2.inference.config import default_kv_tokens
 from qwen2.inference.scheduler import Schedule
 
 MODEL = build()
@@ -133,7 +133,8 @@ def test_a_conversation_finds_its_answers_too() -> None:
 
 def test_salts_share_nothing() -> None:
     ours = engine()
-    for salt, expected in (("", 0), ("a", 0), ("b", 0), ("a", 8), ("", 8)):
+    # One is what JSON can bring and no Unicode text can be.
+    for salt, expected in (("", 0), ("a", 0), ("\ud800", 0), ("a", 8), ("", 8), ("\ud800", 8)):
         request = ours.submit([1] * 9, PARAMS, salt=salt)
         while ours.step():
             pass
@@ -151,6 +152,26 @@ def test_new_weights_use_nothing_old() -> None:
     after = ours.generate([[1] * 9], PARAMS)
     assert before != after == Engine(model, BYTES).generate([[1] * 9], PARAMS)
     assert ours.stats.prefix_hits == 0
+
+
+def test_a_broken_pass_costs_only_its_own_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ours = engine()
+    submit(ours, [1] * 9, tokens=1)
+    while ours.step():
+        pass
+    submit(ours, [1] * 9, [2] * 9, tokens=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ours.runner, "run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ours.step()
+    later = submit(ours, [1] * 9, [2] * 9, tokens=1)
+    ours.cancel(ours.scheduler.waiting[1])
+    while ours.step():
+        pass
+    assert [request.cached_tokens for request in later] == [8, 0]
 
 
 def test_without_a_prefix_cache_nothing_is_found() -> None:
@@ -172,7 +193,7 @@ def test_the_default_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         (512 * 4 * 30, 64, 60),  # half of it, for one sequence
         (0, 1, 1),
     ):
-        monkeypatch.setattr("qwen2.inference.engine.free_memory", lambda _, free=free: free)
+        monkeypatch.setattr("qwen2.inference.config.free_memory", lambda _, free=free: free)
         assert default_kv_tokens(MODEL, running) == tokens
 
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 def root_digest(model: bytes, salt: str) -> bytes:
     """Where the chain of a sequence begins."""
-    return hashlib.sha256(hashlib.sha256(model).digest() + salt.encode()).digest()
+    own = salt.encode(errors="surrogatepass")  # JSON can bring what is no Unicode
+    return hashlib.sha256(hashlib.sha256(model).digest() + own).digest()
 
 
 def chain(previous: bytes, ids: Sequence[int]) -> bytes:

@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import itertools
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from qwen2.common.config import Config
 from qwen2.common.errors import UserError
-from qwen2.common.runtime import free_memory, keep_freed_memory
+from qwen2.common.runtime import keep_freed_memory
 from qwen2.inference.blocks import BlockPool
+from qwen2.inference.config import (
+    EngineConfig,
+    EngineDead,
+    EngineStats,
+    QueueFull,
+    default_kv_tokens,
+    identity_of,
+    stop_ids,
+)
 from qwen2.inference.detokenize import TextStream
 from qwen2.inference.logprobs import TokenLogprob, token_logprobs
 from qwen2.inference.request import Completion, FinishReason, Output, Request
@@ -37,64 +43,7 @@ from qwen2.model.cache import KVStore
 from qwen2.model.decoder import Qwen2
 from qwen2.tokenizer import Tokenizer
 
-TYPICAL = 2048  # tokens of a sequence, for whose number the default pool has room
-
-
-class QueueFull(Exception):  # noqa: N818  (the name that servers agree on)
-    """As many requests wait as may wait: try again later."""
-
-
-class EngineDead(RuntimeError):  # noqa: N818
-    """The engine has failed and takes nothing any more."""
-
-
-class EngineConfig(Config):
-    """How much is computed and held at a time."""
-
-    max_batch_tokens: int = Field(default=2048, ge=1)  # of one pass: bounds its activations
-    max_running: int = Field(default=64, ge=1)
-    block_size: int = Field(default=16, ge=1)
-    kv_tokens: int | None = Field(default=None, ge=1)  # of all sequences; None: `default_kv_tokens`
-    kv_dtype: Literal["auto", "int8"] = "auto"
-    prefix_cache: bool = True
-    max_queue: int = Field(default=256, ge=1)  # requests that may wait
-    speculate: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _everyone_gets_a_token(self) -> Self:
-        if self.max_running > self.max_batch_tokens:
-            raise ValueError("max_running exceeds max_batch_tokens: each takes one in every pass")
-        return self
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine does now, and sums of what it has done, in tokens where nothing is said."""
-
-    running: int  # requests
-    waiting: int  # requests
-    kv_used: float  # share of the pool that sequences hold
-    prefix_queries: int  # of prompts that were looked up
-    prefix_hits: int  # of them, those that were there
-    preemptions: int  # times
-    prompt_tokens: int
-    generated_tokens: int
-    spec_proposed: int = 0
-    spec_accepted: int = 0
-
-
-def default_kv_tokens(model: Qwen2, max_running: int) -> int:
-    """Room for one sequence of the model's context, or for `max_running` of 2,048 tokens.
-
-    The larger of the two; but the first within half of the memory that is free, and what the
-    second wants beyond it within a quarter. On the CPU none of it is taken before it is used.
-    """
-    config = model.config
-    layers, row = config.num_hidden_layers, config.kv_size
-    free = free_memory(model.device) // (2 * layers * row * model.dtype.itemsize)  # tokens
-    context = config.context_length
-    many = min(max_running * min(TYPICAL, context), free // 4)
-    return max(1, min(context, free // 2), many)
+__all__ = ["Engine", "EngineConfig", "EngineDead", "EngineStats", "QueueFull"]
 
 
 class Engine:
@@ -132,7 +81,7 @@ class Engine:
         self.runner = Runner(model, store, config.block_size)
         self.scheduler = Scheduler(
             BlockPool(blocks, config.prefix_cache),
-            config.block_size, config.max_batch_tokens, config.max_running, _identity(model),
+            config.block_size, config.max_batch_tokens, config.max_running, identity_of(model),
         )  # fmt: skip
         self._pool_tokens = store.slots
         self._stop_ids = stop_ids(model, tokenizer)
@@ -189,7 +138,7 @@ class Engine:
         embed: bool = False,
     ) -> Request:
         """The first half of `submit`: check everything; may be called on any thread."""
-        prompt = list(prompt)
+        prompt = _as_ids(prompt)
         room = self._check(prompt, params, embed)
         return Request(
             next(self._ids), prompt, params, Sampler(params, prompt, self._constraint(params)),
@@ -205,7 +154,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request now; nothing happens if it has ended."""
-        if request.finish_reason is None:
+        if request.finished is None:
             self._finish(request, "cancelled")
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> None:
@@ -225,7 +174,8 @@ class Engine:
                 logits = self.runner.run(batch)
                 self.postprocess(batch, logits)
         except BaseException:
-            self.scheduler.recover()
+            for request in self.scheduler.recover():
+                self._emit(request, "")
             raise
         return self.has_work
 
@@ -235,7 +185,8 @@ class Engine:
         self.scheduler.pool.settle()
         highest, likeliest = logits[:, : self.vocabulary].max(-1)  # NaN is the highest of all
         finite, best = highest.isfinite().tolist(), likeliest.tolist()
-        row = hidden = 0
+        embeddings = iter(() if batch.hidden is None else batch.hidden)
+        row = 0
         for part in batch.parts:
             request = part.request
             request.computed = part.start + part.count
@@ -248,9 +199,7 @@ class Engine:
             if part.draws:
                 self._draw(part, logits[row - part.draws : row], best[row - part.draws : row])
             elif request.embed and request.computed == len(request.ids):
-                assert batch.hidden is not None
-                request.embedding = batch.hidden[hidden]
-                hidden += 1
+                request.embedding = next(embeddings)
                 self._finish(request, "stop")
 
     def generate(
@@ -270,8 +219,9 @@ class Engine:
         ]
         try:
             self.scheduler.waiting.extend(requests)  # the queue's bound is for strangers
-            while any(request.finish_reason is None for request in requests):
-                self.step()
+            for request in requests:
+                while request.finish_reason is None:
+                    self.step()
         finally:
             for request in requests:
                 self.cancel(request)
@@ -306,7 +256,7 @@ class Engine:
         known, context = self.vocabulary, self.model.config.context_length
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
-        if not all(0 <= token < known for token in prompt):
+        if min(prompt) < 0 or max(prompt) >= known:
             raise UserError(f"the prompt has ids beyond the tokenizer's {known}")
         if not all(0 <= token < known for token in params.logit_bias):
             raise UserError(f"logit_bias has ids beyond the tokenizer's {known}")
@@ -398,18 +348,8 @@ class Engine:
             self.cancel(request)
 
 
-def stop_ids(model: Qwen2, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every id that ends an answer: the checkpoint's own and both ends that ChatML knows.
-
-    A base model that was tuned to chat often still names only `<|endoftext|>`, and would go on
-    for ever.
-    """
-    own = model.config.eos_token_id
-    ids = {own} if isinstance(own, int) else set(own or ())
-    return tokenizer.stop_ids | ids | {tokenizer.im_end_id}
-
-
-def _identity(model: Qwen2) -> bytes:
-    """What tells this model's cached prefixes from those of another."""
-    norm = model.model.norm.weight.detach().float().cpu().numpy().tobytes()
-    return model.config.model_dump_json().encode() + norm
+def _as_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return array("q", list(prompt)).tolist()
+    except (TypeError, OverflowError):
+        raise UserError("the prompt is no sequence of token ids, which are integers") from None

@@ -85,14 +85,18 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def recover(self) -> None:
-        """After a pass that was broken off wherever it was: all wait, and will be computed anew."""
+    def recover(self) -> list[Request]:
+        """After a pass that was broken off wherever it was: all wait, and will be computed anew.
+
+        Returns those that had just ended, without anyone being told.
+        """
         everyone = dict.fromkeys([*self.running, *self.waiting])
         self.waiting = deque(request for request in everyone if request.finish_reason is None)
         self.running = []
         self.pool.recover()
-        for request in self.waiting:
+        for request in everyone:
             self._forget_place(request)
+        return [r for r in everyone if r.finish_reason is not None and r.finished is None]
 
     def _decode(self, batch: Schedule) -> None:
         """The next token of all that want but one, each with its draft."""
