@@ -18,19 +18,21 @@ from qwen2.model.config import Mixture, ModelConfig, Quantisation
 from qwen2.model.decoder import Qwen2
 from qwen2.model.extend import extended
 from qwen2.model.hub import load, load_model, save
-from qwen2.model.quantise import quantise_model
-from qwen2.model.quantised_linear import (
-    QuantisedEmbedding,
-    QuantisedLinear,
+from qwen2.model.packing import (
     dequantise_int4,
     dequantise_int8,
-    format_of,
-    int4_linear,
-    int8_linear,
     pack_int4,
     quantise_rows,
     round_int4,
     unpack_int4,
+)
+from qwen2.model.quantise import quantise_model
+from qwen2.model.quantised_linear import (
+    QuantisedEmbedding,
+    QuantisedLinear,
+    format_of,
+    int4_linear,
+    int8_linear,
 )
 from qwen2.tokenizer import Tokenizer
 
@@ -221,22 +223,25 @@ def test_what_is_quantised(method: str, routed: ModelConfig, random_model: Calla
         for n, t in state.items()
         if n.startswith(layer + "mlp.experts.")
     }
-    assert shapes == {
-        "int8": {
-            "gate_up_proj": (6, 128, 64),
-            "gate_up_proj_scale": (6, 128),
-            "down_proj": (6, 64, 64),
-            "down_proj_scale": (6, 64),
-        },
-        "int4": {
-            "gate_up_proj": (6, 128, 32),
-            "gate_up_proj_scale": (6, 128, 2),
-            "gate_up_proj_min": (6, 128, 2),
-            "down_proj": (6, 64, 32),
-            "down_proj_scale": (6, 64, 2),
-            "down_proj_min": (6, 64, 2),
-        },
-    }[method]
+    assert (
+        shapes
+        == {
+            "int8": {
+                "gate_up_proj": (6, 128, 64),
+                "gate_up_proj_scale": (6, 128),
+                "down_proj": (6, 64, 64),
+                "down_proj_scale": (6, 64),
+            },
+            "int4": {
+                "gate_up_proj": (6, 128, 32),
+                "gate_up_proj_scale": (6, 128, 2),
+                "gate_up_proj_min": (6, 128, 2),
+                "down_proj": (6, 64, 32),
+                "down_proj_scale": (6, 64, 2),
+                "down_proj_min": (6, 64, 2),
+            },
+        }[method]
+    )
 
 
 def test_rows_of_no_whole_chunks_stay_in_int8(shape: ModelConfig, random_model: Callable) -> None:
@@ -301,7 +306,7 @@ def test_the_context_of_a_quantised_model_extends(
 
 def test_methods_and_models_that_cannot_be(shape: ModelConfig, random_model: Callable) -> None:
     model = random_model(shape)
-    with pytest.raises(UserError, match="int8.*int4"):
+    with pytest.raises(UserError, match=r"int8.*int4"):
         quantise_model(model, "int5")
     with pytest.raises(UserError, match="is in int8 already"):
         quantise_model(quantise_model(model, "int8"), "int4")
@@ -456,9 +461,7 @@ def test_modules_name_their_parts() -> None:
         "weight_scale",
     ]
     with torch.no_grad():
-        for part, value in zip(
-            layer.parts_of("weight"), round_int4(normal(8, 64)), strict=True
-        ):
+        for part, value in zip(layer.parts_of("weight"), round_int4(normal(8, 64)), strict=True):
             part.copy_(value)
         layer.bias.zero_()
         x = normal(3, 64, seed=1)

@@ -23,7 +23,8 @@ from qwen2.model.attention import PackedAttention, scheme_of
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Layer
 from qwen2.model.moe import Experts
-from qwen2.model.quantised_linear import INT4, Format, Parts
+from qwen2.model.packing import Parts
+from qwen2.model.quantised_linear import INT4, Format
 from qwen2.model.rope import Rope, Rotary
 from qwen2.model.rounding import compensate_int4, inverse_factor
 from qwen2.model.stored import StoredTensor

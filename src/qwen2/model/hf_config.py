@@ -19,7 +19,7 @@ from qwen2.model.config import (
     SlidingWindow,
     Yarn,
 )
-from qwen2.model.quantised_linear import GROUP
+from qwen2.model.packing import GROUP
 
 DENSE, MIXTURE = "qwen2", "qwen2_moe"
 _ARCHITECTURES = {DENSE: "Qwen2ForCausalLM", MIXTURE: "Qwen2MoeForCausalLM"}

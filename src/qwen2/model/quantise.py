@@ -19,13 +19,8 @@ from qwen2.common.runtime import in_threads
 from qwen2.model.calibrate import Calibration, calibrated_layers
 from qwen2.model.config import ModelConfig, Quantisation
 from qwen2.model.decoder import Qwen2
-from qwen2.model.quantised_linear import (
-    Format,
-    Parts,
-    dequantise_int8,
-    named_parts,
-    quantised_weights,
-)
+from qwen2.model.packing import Parts, dequantise_int8
+from qwen2.model.quantised_linear import Format, named_parts, quantised_weights
 from qwen2.model.stored import StoredTensor
 from qwen2.model.weights import EMBEDDING, assemble, checked, read, row_blocks
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen2.model.quantised_linear import GROUP, Parts, encode_int4, pack_int4
+from qwen2.model.packing import GROUP, Parts, encode_int4, pack_int4
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean (GPTQ, section 3.3)."""
@@ -56,10 +56,15 @@ def fit_groups(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     return scale, minimum
 
 
-def search_int4(weight: Tensor, importance: Tensor) -> Parts:
-    """weight (N, K), importance (K,) of its columns -> parts, each number rounded by itself."""
+def search_int4(weight: Tensor) -> Parts:
+    """weight (..., N, K) -> parts, for want of a text: what is large in its group counts more.
+
+    The importance is that of llama.cpp without an importance matrix, sqrt(mean w² + w²).
+    """
     groups = weight.float().unflatten(-1, (-1, GROUP))
-    return encode_int4(groups, *fit_groups(groups, importance.view(-1, GROUP)))
+    squares = groups.square()
+    importance = squares.mean(-1, keepdim=True).add(squares).sqrt_().clamp_min_(1e-12)
+    return encode_int4(groups, *fit_groups(groups, importance))
 
 
 def compensate_int4(weight: Tensor, upper: Tensor) -> Parts:
