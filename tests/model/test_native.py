@@ -20,18 +20,13 @@ from hypothesis import strategies as st
 
 from qwen2.model import kernels, native
 from qwen2.model.attention import causal_attention
-from qwen2.model.cache import KVStore
+from qwen2.model.cache import KVStore, LayerKV
 from qwen2.model.config import DualChunk, ModelConfig, Yarn
 from qwen2.model.decode_step import DecodeStep, can_step
 from qwen2.model.decoder import Qwen2
 from qwen2.model.quantise import quantise_model
-from qwen2.model.quantised_linear import (
-    dequantise_int4,
-    int4_linear,
-    int8_linear,
-    quantise_rows,
-    round_int4,
-)
+from qwen2.model.packing import dequantise_int4, quantise_rows, round_int4
+from qwen2.model.quantised_linear import int4_linear, int8_linear
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 SOURCE = Path(native.__file__).with_name("kernels.cpp")
@@ -137,7 +132,7 @@ def test_dequantised_int4(library: None, generator: torch.Generator) -> None:
 def test_attention_over_slots(
     length: int, new: int, sizes: tuple[int, int, int], seed: int
 ) -> None:
-    if not native.can_attend(sizes[2], BF16, CPU):
+    if not native.is_fast():
         pytest.skip(f"native attention: {native.why_not()}")
     check_attention(length, min(new, length), *sizes, seed)
 
@@ -155,7 +150,7 @@ def check_attention(length: int, new: int, H: int, K: int, D: int, seed: int) ->
     keys, values = torch.randn(2, 256, K, D, generator=generator).bfloat16()
     slots = torch.randperm(256, generator=generator)[:length]
     q = (2 * torch.randn(new, H, D, generator=generator)).bfloat16()
-    ours = native.attention(q, keys, values, slots.int())
+    ours = native.attention(q, LayerKV(keys, values), slots)
     expected = causal_attention(q.float(), keys[slots].float(), values[slots].float())
     torch.testing.assert_close(ours.float(), expected, rtol=0.02, atol=0.02)
 

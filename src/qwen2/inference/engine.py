@@ -68,8 +68,8 @@ class Engine:
         if tokenizer is None:
             raise UserError("a model alone has no text: give its tokenizer too")
         self.config = config = config or EngineConfig()
-        if draft is not None or config.speculate or config.kv_dtype != "auto":
-            raise UserError("speculate, draft and kv_dtype are not built yet; leave them out")
+        if draft is not None or config.speculate:
+            raise UserError("speculate and draft are not built yet; leave them out")
         keep_freed_memory()
         kernels.tune()
         model.fuse_projections()
@@ -77,7 +77,11 @@ class Engine:
         self.vocabulary = min(tokenizer.vocab_size, model.config.vocab_size)
         tokens = config.kv_tokens or default_kv_tokens(model, config.max_running)
         blocks = -(-tokens // config.block_size)
-        store = KVStore(model.config, blocks * config.block_size, model.dtype, model.device)
+        bias = [layer.self_attn.k_proj.bias for layer in model.model.layers]
+        store = KVStore(
+            model.config, blocks * config.block_size, model.dtype, model.device,
+            bias if config.kv_dtype == "int8" else None,
+        )  # fmt: skip
         self.runner = Runner(model, store, config.block_size)
         self.scheduler = Scheduler(
             BlockPool(blocks, config.prefix_cache),

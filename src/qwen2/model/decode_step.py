@@ -18,14 +18,14 @@ from torch import Tensor
 from qwen2.model.cache import KVStore
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
-from qwen2.model.native import CHUNK, TILE, Matrix, Weight, call, why_not
+from qwen2.model.native import CHUNK, TILE, Matrix, Store, Weight, call, why_not
 
 
 class _Layer(Structure):
     _fields_ = [  # noqa: RUF012
         ("input_norm", c_void_p), ("post_norm", c_void_p),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
-        ("keys", c_void_p), ("values", c_void_p),
+        ("store", Store),
     ]  # fmt: skip
 
 
@@ -80,7 +80,7 @@ class DecodeStep:
             own.o = self._weight(tuple(attention.o_proj.parts().values()))
             own.gate_up = self._weight(mlp.projections.joint)
             own.down = self._weight(tuple(mlp.down_proj.parts().values()))
-            own.keys, own.values = store.keys[i].data_ptr(), store.values[i].data_ptr()
+            own.store = Store.of(store.layer(i))
         self._kept += [layers, store]
         head = self._weight(tuple(model.lm_head.parts().values()))
         embedding = head

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from torch import Tensor
 import qwen2
 from qwen2.common.files import durable_write
 from qwen2.model import native
+
+if TYPE_CHECKING:
+    from qwen2.model.cache import LayerKV
 
 ROUNDS = 5
 BLOCK = 256  # rows
@@ -34,7 +38,7 @@ class Operation:
 
     about: str
     kernels: Mapping[str, Callable[..., Tensor]]
-    operands: Callable[[], tuple[Tensor | None, ...]]  # of a usual size, to measure with
+    operands: Callable[[], tuple[Any, ...]]  # of a usual size, to measure with
     needs_native: frozenset[str] = frozenset()
     chosen: str = ""
     microseconds: dict[str, float] = field(default_factory=dict)
@@ -43,7 +47,7 @@ class Operation:
         """Names of the kernels that work here."""
         return [n for n in self.kernels if n not in self.needs_native or native.is_fast()]
 
-    def __call__(self, *operands: Tensor | None) -> Tensor:
+    def __call__(self, *operands: Any) -> Tensor:
         """Do it."""
         return self.kernels[self.chosen or self.usable()[0]](*operands)
 
@@ -98,10 +102,16 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory costs a tenth of it
 
 
-def _gathered_attention(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+def _gathered_attention(q: Tensor, kept: LayerKV, place: Tensor | slice) -> Tensor:
     from qwen2.model.attention import causal_attention
 
-    return causal_attention(q, keys.index_select(0, slots), values.index_select(0, slots))
+    return causal_attention(q, *kept.read(place, q.dtype))
+
+
+def _attention_operands() -> tuple[Any, ...]:
+    from qwen2.model.cache import LayerKV
+
+    return _bf16(512, 14, 64), LayerKV(_bf16(512, 2, 64), _bf16(512, 2, 64)), torch.arange(512)
 
 
 def _bf16(*shape: int) -> Tensor:
@@ -141,8 +151,7 @@ TABLE = {
     "attention": Operation(
         "causal attention of many tokens over paged keys",
         {"native": native.attention, "gather and flash": _gathered_attention},
-        lambda: (_bf16(512, 14, 64), *torch.ones(2, 512, 2, 64, dtype=torch.bfloat16),
-                 torch.arange(512, dtype=torch.int32)),
+        _attention_operands,
         frozenset({"native"}),
     ),
 }  # fmt: skip

@@ -13,10 +13,13 @@ import threading
 from ctypes import Structure, byref, c_char_p, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from qwen2.model.cache import LayerKV
 
 
 BF16, INT8, INT4 = range(3)  # the formats of kernels.cpp
@@ -121,28 +124,46 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+class Store(Structure):
+    """A layer's keys and values; see kernels.cpp."""
+
+    _fields_ = [  # noqa: RUF012
+        (name, c_void_p)
+        for name in ("keys", "values", "key_scale", "value_scale", "bias", "cos", "sin")
+    ]
+
+    @classmethod
+    def of(cls, kept: LayerKV) -> Self:
+        """The places of its tensors, which must outlive it."""
+        *tensors, angles = kept
+        places = [None if t is None else _at(t) for t in (*tensors, *(angles or (None, None)))]
+        return cls(*places)
+
+
+def attention(q: Tensor, kept: LayerKV, place: Tensor | slice) -> Tensor:
     """Causal attention of the last N of S tokens of a sequence, in bf16.
 
-    q (N, H, D), rotated; keys and values (slots, K, D), a layer's store; slots (S,) int32, the
-    tokens' places in it -> (N, H, D).
+    q (N, H, D), rotated; `place` (S,): the tokens' slots in what is kept of the layer -> (N, H, D).
     """
     N, H, D = q.shape
-    out = torch.empty_like(q)
+    if isinstance(place, slice):
+        place = torch.arange(place.start, place.stop)
+    out, slots = torch.empty_like(q), place.int()
     call(
-        "attention", _at(q), _at(keys), _at(values), _at(slots), 1,
-        N, len(slots), H, keys.shape[1], D, _at(out),
+        "attention", _at(q), byref(Store.of(kept)), _at(slots),
+        N, len(slots), H, kept.keys.shape[1], D, _at(out),
     )  # fmt: skip
     return out
 
 
-def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `attention` takes such heads."""
+def can_attend(q: Tensor, kept: LayerKV) -> bool:
+    """Whether `attention` takes such heads, kept in such a type."""
     return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and head_dim % 32 == 0
-        and head_dim <= 256
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and kept.keys.dtype in (torch.bfloat16, torch.int8)
+        and q.shape[-1] % 32 == 0
+        and q.shape[-1] <= 256
         and is_fast()
     )
 
