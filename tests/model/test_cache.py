@@ -16,7 +16,9 @@ from qwen2.model.decoder import Qwen2
 
 CPU = torch.device("cpu")
 IDS = [i * 7 % 300 for i in range(90)]
-TABLE = torch.tensor([s for block in (5, 0, 7, 2, 3, 9) for s in range(16 * block, 16 * block + 16)])
+TABLE = torch.tensor(
+    [s for block in (5, 0, 7, 2, 3, 9) for s in range(16 * block, 16 * block + 16)]
+)
 
 
 def build(
@@ -31,13 +33,12 @@ def build(
     model = random_model(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.4)
+        model.model.embed_tokens.weight.sub_(0.1)  # else all logits are much the same
         for layer in model.model.layers:
             bias = torch.randn(layer.self_attn.k_proj.bias.shape, generator=generator)
             bias[bias.abs() < 1.5] = 0  # in few units, as there
             layer.self_attn.k_proj.bias.copy_(393 * bias / bias.norm())
-            layer.self_attn.q_proj.bias.mul_(0.2)
+            layer.self_attn.v_proj.weight.mul_(3)
     return model.to(dtype)
 
 
@@ -57,10 +58,9 @@ def logits(model: Qwen2, store: KVStore, pieces: tuple[int, ...]) -> torch.Tenso
     return torch.cat(out).float()
 
 
-def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL of the next token's distributions."""
-    p, q = exact.log_softmax(-1), other.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+def error(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Of the logits, as a share of how they differ from token to token."""
+    return float((other - exact).norm() / (exact - exact.mean(0)).norm())
 
 
 @pytest.mark.parametrize("dual_chunk", [None, DualChunk(chunk_size=32, local_size=8)])
@@ -73,8 +73,8 @@ def test_int8_keys_survive_their_bias(
     quantised = logits(model, KVStore(*arguments, biases(model)), (90,))
     # Were the bias quantised with the rest, as if there were none to take off:
     naive = logits(model, KVStore(*arguments, [0 * b for b in biases(model)]), (90,))
-    assert divergence(exact, quantised) < 1e-3
-    assert divergence(exact, naive) > 20 * divergence(exact, quantised)
+    assert error(exact, quantised) < 0.03
+    assert error(exact, naive) > 8 * error(exact, quantised)
 
 
 def test_int8_in_pieces_is_int8_at_once(random_model: Callable[..., Qwen2]) -> None:
@@ -89,11 +89,15 @@ def test_the_native_kernels_read_the_same_store(random_model: Callable[..., Qwen
     model = build(random_model, torch.bfloat16)
     if reason := can_step(model.config, torch.bfloat16, CPU):
         pytest.skip(f"native step: {reason}")
-    store = KVStore(model.config, 160, torch.bfloat16, CPU, biases(model))
-    expected = logits(model, store, (80, *[1] * 10))
-    step = DecodeStep(model, store, 16)
-    ours = [step([IDS[i]], [i], [1], [[5, 0, 7, 2, 3, 9]], [0]) for i in range(80, 90)]
-    assert divergence(expected[80:], torch.cat(ours)) < 5e-3
+    stores = [KVStore(model.config, 160, torch.bfloat16, CPU, b) for b in (biases(model), None)]
+    out = []
+    for store in stores:
+        module = logits(model, store, (80, *[1] * 10))[80:]
+        step = DecodeStep(model, store, 16)
+        rows = [step([IDS[i]], [i], [1], [[5, 0, 7, 2, 3, 9]], [0]) for i in range(80, 90)]
+        out.append(error(module, torch.cat(rows)))
+    assert max(out) < 0.02
+    assert out[0] < 2 * out[1]  # as near in int8 as it is in bf16
 
 
 @pytest.mark.parametrize("new", [1, 30])

@@ -37,9 +37,7 @@ def test_every_kernel_gives_the_same(name: str) -> None:
         assert (other - results[0]).abs().max() < 0.03 * results[0].abs().max()
 
 
-def test_the_fastest_is_chosen_and_remembered(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fastest_is_chosen_and_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
     def measure(operation: kernels.Operation) -> dict[str, float]:

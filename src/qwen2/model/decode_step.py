@@ -145,5 +145,3 @@ class DecodeStep:
 
 def _integers(values: Sequence[int]) -> ctypes.Array[c_int32]:
     return (c_int32 * len(values))(*values)
-
-
