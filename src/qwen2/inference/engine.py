@@ -77,10 +77,9 @@ class Engine:
         self.vocabulary = min(tokenizer.vocab_size, model.config.vocab_size)
         tokens = config.kv_tokens or default_kv_tokens(model, config.max_running)
         blocks = -(-tokens // config.block_size)
-        bias = [layer.self_attn.k_proj.bias for layer in model.model.layers]
         store = KVStore(
             model.config, blocks * config.block_size, model.dtype, model.device,
-            bias if config.kv_dtype == "int8" else None,
+            model.key_biases() if config.kv_dtype == "int8" else None,
         )  # fmt: skip
         self.runner = Runner(model, store, config.block_size)
         self.scheduler = Scheduler(

@@ -22,7 +22,7 @@ from qwen2.model.native import CHUNK, TILE, Matrix, Store, Weight, call, why_not
 
 
 class _Layer(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("input_norm", c_void_p), ("post_norm", c_void_p),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
         ("store", Store),
@@ -30,7 +30,7 @@ class _Layer(Structure):
 
 
 class _Model(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int32) for name in ("layers", "C", "H", "K", "D", "I", "V", "block_size")),
         ("eps", c_float), ("cos", c_void_p), ("sin", c_void_p), ("layer", POINTER(_Layer)),
         ("norm", c_void_p), ("embedding", Matrix), ("head", Matrix),
@@ -38,7 +38,7 @@ class _Model(Structure):
 
 
 class _Batch(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int32) for name in ("n", "sequences", "rows", "table_width")),
         *((n, c_void_p) for n in ("tokens", "positions", "starts", "tables", "wanted", "logits")),
     ]  # fmt: skip
@@ -72,6 +72,7 @@ class DecodeStep:
         self._kept: list[Any] = []
         self._rope, self._positions = model.model.rope, 0
         layers = (_Layer * config.num_hidden_layers)()
+        layer: Any
         for i, (own, layer) in enumerate(zip(layers, model.model.layers, strict=True)):
             attention, mlp = layer.self_attn, layer.mlp
             own.input_norm = self._floats(layer.input_layernorm.weight)
@@ -137,8 +138,10 @@ class DecodeStep:
 
     def _weight(self, parts: tuple[Tensor | None, ...]) -> Matrix:
         """Of the parts of a layer, or of layers that are joined: weight, its scales, bias."""
-        *weight, bias = parts
-        self._kept.append(Weight(*weight, bias=bias))  # type: ignore[arg-type]
+        weight, *others, bias = parts
+        scale, minimum = [*others, None, None][:2]
+        assert weight is not None
+        self._kept.append(Weight(weight, scale, minimum, bias))
         matrix: Matrix = self._kept[-1].matrix
         return matrix
 

@@ -135,6 +135,11 @@ class Qwen2(nn.Module):
                 for group in filter(None, module.projections.groups()):
                     yield [names[id(parameter)] for parameter in group]
 
+    def key_biases(self) -> list[Tensor]:
+        """The bias (K D,) of every layer's keys."""
+        attentions = (m for m in self.modules() if isinstance(m, SelfAttention))
+        return [a.k_proj.bias for a in attentions if a.k_proj.bias is not None]
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import qwen2
 from qwen2.common.files import durable_write
 from qwen2.model import native
 
@@ -161,14 +160,13 @@ def tune(again: bool = False) -> None:
     """Choose the fastest kernel of every operation: from the cache, or by measuring (`again`)."""
     path, key = _cache_file(), _key()
     known = {} if again else _read(path).get(key, {})
-    if known.keys() != TABLE.keys():
+    if any(set(known.get(name, ())) != set(op.usable()) for name, op in TABLE.items()):
         with torch.inference_mode():
             known = {name: _measure(operation) for name, operation in TABLE.items()}
         _write(path, key, known)
     for name, operation in TABLE.items():
-        operation.microseconds = known[name]
-        usable = operation.usable()
-        operation.chosen = min(usable, key=lambda kernel: known[name].get(kernel, float("inf")))
+        operation.microseconds = times = known[name]
+        operation.chosen = min(times, key=times.__getitem__)
 
 
 def _measure(operation: Operation) -> dict[str, float]:
@@ -188,8 +186,8 @@ def _key() -> str:
     """What the measurements hold for."""
     from qwen2.common.hardware import processor
 
-    parts = (processor(), torch.get_num_threads(), torch.__version__, qwen2.__version__)
-    return ", ".join(map(str, (*parts, native.why_not() or "native")))
+    kinds = "native" if native.is_fast() else "plain"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kinds}"
 
 
 def _cache_file() -> Path:

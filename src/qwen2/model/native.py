@@ -30,7 +30,7 @@ _LOCK = threading.Lock()  # the kernels have one set of threads and scratch memo
 class Matrix(Structure):
     """A weight (n, k) in a format; see kernels.cpp."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes' own declaration)
+    _fields_ = [
         ("format", c_int32), ("n", c_int32), ("k", c_int32),
         *((name, c_void_p) for name in ("weight", "scale", "sums", "group_scale", "group_minimum")),
         ("bias", c_void_p),
@@ -127,7 +127,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class Store(Structure):
     """A layer's keys and values; see kernels.cpp."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, c_void_p)
         for name in ("keys", "values", "key_scale", "value_scale", "bias", "cos", "sin")
     ]
@@ -195,7 +195,8 @@ class Weight:
     ) -> None:
         format_ = BF16 if scale is None else INT8 if minimum is None else INT4
         n, k = len(weight), weight.shape[1] * (2 if format_ == INT4 else 1)
-        assert n % TILE == 0 and k % CHUNK == 0, (n, k)
+        assert not n % TILE, n
+        assert not k % CHUNK, k
         sums = None
         if format_ == INT8:
             sums = torch.empty(n, dtype=torch.int32)
