@@ -1033,6 +1033,38 @@ void scale_products(const int32_t* products, const float* x_scale, const float* 
   });
 }
 
+// x (m, C) -> x / sqrt(mean(x²) + eps) * weight (C,)
+void norm(const bf16* x, const bf16* weight, int32_t m, int32_t C, float eps, bf16* out) {
+  pool->run([&](int t) {
+    auto& row = own[t].row;
+    row.resize(std::max(int(row.size()), 2 * C));
+    float* wide = row.data() + C;
+    widen_row(weight, C, wide);
+    for (int i = t; i < m; i += pool->threads()) {
+      widen_row(x + size_t(i) * C, C, row.data());
+      rms_norm(row.data(), wide, C, eps, row.data());
+      narrow_row(row.data(), C, out + size_t(i) * C);
+    }
+  });
+}
+
+// x (m, heads, D), rows `stride` apart, by cos and sin (m, D/2) -> out (m, heads, D)
+void rotate_heads(const bf16* x, int64_t stride, const bf16* cos, const bf16* sin, int32_t m,
+                  int32_t heads, int32_t D, bf16* out) {
+  pool->run([&](int t) {
+    float angles[MOST_D], head[MOST_D], turned[MOST_D];
+    for (int i = t; i < m; i += pool->threads()) {
+      widen_row(cos + size_t(i) * (D / 2), D / 2, angles);
+      widen_row(sin + size_t(i) * (D / 2), D / 2, angles + D / 2);
+      for (int h = 0; h < heads; h++) {
+        widen_row(x + i * stride + h * D, D, head);
+        rotate(head, angles, angles + D / 2, D, turned);
+        narrow_row(turned, D, out + (size_t(i) * heads + h) * D);
+      }
+    }
+  });
+}
+
 // gate_up (m, 2 width) -> silu(gate) * up (m, width).
 void swiglu(const bf16* gate_up, int32_t m, int32_t width, bf16* out) {
   pool->run([&](int t) {

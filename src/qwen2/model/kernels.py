@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qwen2.model.cache import LayerKV
 
 ROUNDS = 5
-BLOCK = 256  # rows
+BLOCK = 512  # rows
 
 
 @dataclass
@@ -101,6 +101,22 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory costs a tenth of it
 
 
+def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads of x (N, H, D) by cos and sin (N, 1, D/2); see rope.py."""
+    first, second = x.chunk(2, dim=-1)  # (N, H, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def choosable(x: Tensor) -> bool:
+    """Whether there is a choice of kernels for x: in bf16 on the CPU, without gradients."""
+    cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return cpu and not torch.is_grad_enabled()
+
+
 def _gathered_attention(q: Tensor, kept: LayerKV, place: Tensor | slice) -> Tensor:
     from qwen2.model.attention import causal_attention
 
@@ -140,6 +156,18 @@ TABLE = {
             None,
         ),
         frozenset({"native dequantised, bf16"}),
+    ),
+    "norm": Operation(
+        "RMS norm of many rows",
+        {"native": native.rms_norm, "PyTorch": _plain_norm},
+        lambda: (_bf16(512, K), _bf16(K), 1e-6),
+        frozenset({"native"}),
+    ),
+    "rotate": Operation(
+        "rotation of the heads of many tokens",
+        {"native": native.rotate, "PyTorch": plain_rotate},
+        lambda: (_bf16(512, 14, 64), *torch.ones(2, 512, 1, 32, dtype=torch.bfloat16)),
+        frozenset({"native"}),
     ),
     "swiglu": Operation(
         "silu(gate) * up",
