@@ -99,6 +99,18 @@ def test_generate_streams_text(folder: Path) -> None:
     assert done.stdout.endswith("\n")
 
 
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantised_on_load(folder: Path, tmp_path: Path, method: str) -> None:
+    assert len(generated(folder, "-p", "hi", "-n", 3, "--quantize", method)["token_ids"]) == 3
+    (tmp_path / "text.txt").write_text("Some text to score, not much of it.")
+    scores = [
+        json.loads(qwen2("score", folder, tmp_path / "text.txt", "--json", *options).stdout)
+        for options in ([], ["--quantize", method])
+    ]
+    assert scores[1]["bits_per_byte"] == pytest.approx(scores[0]["bits_per_byte"], rel=0.05)
+    assert scores[1] != scores[0]
+
+
 def test_score_prints_one_object(folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("été\n")
@@ -147,6 +159,7 @@ def test_train_makes_a_context_longer(folder: Path, tmp_path: Path) -> None:
         (["generate", "MODEL", "-p", "x", "--top-p", "0"], "top_p"),
         (["generate", "MODEL", "-p", "x", "--dtype", "int3"], "int3"),
         (["generate", "MODEL", "-p", "x", "--device", "tpu"], "tpu"),
+        (["generate", "MODEL", "-p", "x", "--quantize", "int3"], "int8"),
         (["generate", "MODEL", "-p", "x", "--system", "y"], "--chat"),
         (["generate", "MODEL"], "prompt"),
         (["generate", "MODEL", "-p", "x" * 20_001], "20001 tokens"),

@@ -363,7 +363,7 @@ def test_a_mask_that_takes_too_long_ends_its_request(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(grammar, "MASK_SECONDS", 0.0)
     (completion,) = engine.generate([PROMPT], params("regex", "a{5}"))
     assert (completion.finish_reason, completion.token_ids) == ("error", [])
-    assert completion.error == "grammar: it takes too long; simplify it"
+    assert completion.error == "grammar: it takes too much time; simplify it"
 
 
 def test_grammars_may_name_special_tokens() -> None:

@@ -9,7 +9,7 @@ import ctypes
 import itertools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,20 +18,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2.model import kernels, native
+from qwen2.model import native
 from qwen2.model.attention import causal_attention
-from qwen2.model.cache import KVStore
+from qwen2.model.cache import KVStore, LayerKV
 from qwen2.model.config import DualChunk, ModelConfig, Yarn
 from qwen2.model.decode_step import DecodeStep, can_step
 from qwen2.model.decoder import Qwen2
+from qwen2.model.packing import dequantise_int4, quantise_rows, round_int4
 from qwen2.model.quantise import quantise_model
-from qwen2.model.quantised_linear import (
-    dequantise_int4,
-    int4_linear,
-    int8_linear,
-    quantise_rows,
-    round_int4,
-)
+from qwen2.model.quantised_linear import int4_linear, int8_linear
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 SOURCE = Path(native.__file__).with_name("kernels.cpp")
@@ -52,7 +47,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(params=["compiled", "plain"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test runs with the kernels of this installation and with the plain ones."""
     if request.param == "plain":
         found = request.getfixturevalue("plain")
@@ -60,7 +55,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(native, "_library", lambda: found)
     elif reason := native.why_not():
         pytest.skip(f"native kernels: {reason}")
-    yield
 
 
 FORMATS = {
@@ -131,13 +125,13 @@ def test_dequantised_int4(library: None, generator: torch.Generator) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(
-    length=st.integers(1, 200), new=st.integers(1, 200),
-    sizes=st.sampled_from([(2, 1, 32), (6, 2, 64), (4, 4, 128), (7, 1, 96)]), seed=st.integers(0, 9),
+    length=st.integers(1, 200), new=st.integers(1, 200), seed=st.integers(0, 9),
+    sizes=st.sampled_from([(2, 1, 32), (6, 2, 64), (4, 4, 128), (7, 1, 96)]),
 )  # fmt: skip
 def test_attention_over_slots(
     length: int, new: int, sizes: tuple[int, int, int], seed: int
 ) -> None:
-    if not native.can_attend(sizes[2], BF16, CPU):
+    if not native.is_fast():
         pytest.skip(f"native attention: {native.why_not()}")
     check_attention(length, min(new, length), *sizes, seed)
 
@@ -155,7 +149,7 @@ def check_attention(length: int, new: int, H: int, K: int, D: int, seed: int) ->
     keys, values = torch.randn(2, 256, K, D, generator=generator).bfloat16()
     slots = torch.randperm(256, generator=generator)[:length]
     q = (2 * torch.randn(new, H, D, generator=generator)).bfloat16()
-    ours = native.attention(q, keys, values, slots.int())
+    ours = native.attention(q, LayerKV(keys, values), slots)
     expected = causal_attention(q.float(), keys[slots].float(), values[slots].float())
     torch.testing.assert_close(ours.float(), expected, rtol=0.02, atol=0.02)
 

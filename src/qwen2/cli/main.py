@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 import qwen2
-from qwen2.cli import chat, convert, doctor, generate, quickstart, score, tokenizer, train, upcycle
+from qwen2.cli import (
+    chat,
+    convert,
+    doctor,
+    generate,
+    quickstart,
+    score,
+    serve,
+    tokenizer,
+    train,
+    upcycle,
+)
 from qwen2.common.errors import UserError
 
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
@@ -41,6 +52,7 @@ def options(
 app.command()(quickstart.quickstart)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(score.score)
 app.command()(convert.convert)
 app.add_typer(tokenizer.app, name="tokenizer")

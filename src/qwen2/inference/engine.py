@@ -71,8 +71,6 @@ class Engine:
         if tokenizer is None:
             raise UserError("a model alone has no text: give its tokenizer too")
         self.config = config = config or EngineConfig()
-        if config.kv_dtype != "auto":
-            raise UserError("kv_dtype is not built yet; leave it out")
         keep_freed_memory()
         kernels.tune()
         model.fuse_projections()
@@ -80,7 +78,10 @@ class Engine:
         self.vocabulary = min(tokenizer.vocab_size, model.config.vocab_size)
         tokens = config.kv_tokens or default_kv_tokens(model, config.max_running)
         blocks = -(-tokens // config.block_size)
-        store = KVStore(model.config, blocks * config.block_size, model.dtype, model.device)
+        store = KVStore(
+            model.config, blocks * config.block_size, model.dtype, model.device,
+            model.key_biases() if config.kv_dtype == "int8" else None,
+        )  # fmt: skip
         self.runner = Runner(model, store, config.block_size)
         self.scheduler = Scheduler(
             BlockPool(blocks, config.prefix_cache),
@@ -297,9 +298,7 @@ class Engine:
         config, proposer = self.config, None
         if not config.speculate:
             if draft is not None:
-                raise UserError(
-                    "a draft model needs speculate: how many tokens it guesses"
-                )
+                raise UserError("a draft model needs speculate: how many tokens it guesses")
             return None
         if draft is not None:
             tokens = min(self._pool_tokens, default_kv_tokens(draft, LARGE))

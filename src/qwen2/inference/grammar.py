@@ -91,7 +91,7 @@ class Matching:
         if matcher.is_error():
             raise GrammarError(one_line(matcher.get_error()))
         if time.thread_time() - started > MASK_SECONDS:
-            raise GrammarError("it takes too long; simplify it")
+            raise GrammarError("it takes too much time; simplify it")
         allowed = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
         mask = torch.from_numpy(allowed[: self._vocabulary]).bool()
         mask[self._ends] = False  # also where the grammar has them as text

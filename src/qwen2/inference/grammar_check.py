@@ -15,12 +15,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-SECONDS = 5.0  # to compile a grammar
+SECONDS = 5.0  # to compile a grammar, which takes milliseconds
+START_SECONDS = 60.0  # to start the process: plenty on a busy machine
 MEMORY = 2 << 30  # bytes of address space, of the process that tries
 
 LIMITS: dict[str, Any] = {
@@ -107,13 +108,14 @@ def compile_grammar(kind: str, text: str, tokens: LLTokenizer) -> LLMatcher:
 class Checker:
     """The process that tries grammars, one at a time; started at the first, and again when killed.
 
-    `special` and `size`: the special tokens and the number of ids that a grammar may name.
+    `special`, `ends` and `size`: the special tokens, the ends of sequence, and the number of ids
+    that a grammar may name.
     """
 
     def __init__(self, special: Mapping[str, int], ends: Sequence[int], size: int) -> None:
         self._vocabulary = {"special": dict(special), "ends": list(ends), "size": size}
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def check(self, kind: str, text: str) -> None:
         """Nothing, if the grammar can be compiled within bounds.
@@ -124,49 +126,50 @@ class Checker:
         if not self._lock.acquire(timeout=2 * SECONDS):
             raise GrammarError("others are being compiled; try again later")
         try:
-            answer = self._ask(json.dumps({"kind": kind, "text": text}))
+            process = self._process
+            if process is None or process.poll() is not None:
+                process = self._process = self._start()
+            answer = _ask(process, {"kind": kind, "text": text}, SECONDS)
         finally:
             self._lock.release()
+        if answer is None:
+            raise GrammarError("it takes too much time or memory; simplify it")
         if answer:
             raise GrammarError(answer)
 
-    def _ask(self, question: str) -> str:
-        process = self._process
-        if process is None or process.poll() is not None:
-            process = self._process = self._start()
-        assert process.stdin is not None
-        replies: list[str] = []
-
-        def read(stream: IO[str]) -> None:
-            replies.append(stream.readline())
-
-        reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
-        try:
-            process.stdin.write(question + "\n")
-            process.stdin.flush()
-            reader.start()
-            reader.join(SECONDS)
-        except BrokenPipeError:
-            replies = [""]
-        if replies and replies[0]:
-            answer: str = json.loads(replies[0])
-            return answer
-        _end(process)
-        return "it takes too much memory" if replies else "it takes too long; simplify it"
-
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> subprocess.Popen[bytes]:
         # -P: this file's folder is no place to import from, for its names are not those of others.
         process = subprocess.Popen(
-            [sys.executable, "-P", __file__], text=True, encoding="ascii",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, start_new_session=True,  # Ctrl-C is not for it
         )  # fmt: skip
         weakref.finalize(self, _end, process)
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(self._vocabulary) + "\n")
+        _ask(process, self._vocabulary, START_SECONDS)
         return process
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _ask(process: subprocess.Popen[bytes], question: Mapping[str, Any], seconds: float) -> Any:
+    """A line to the process and one back; None, and its end, if that takes too long."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(question).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = b""
+    finally:
+        timer.cancel()
+    if not line.endswith(b"\n"):
+        _end(process)
+        return None
+    return json.loads(line)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -176,27 +179,38 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _serve() -> None:
-    """Read a vocabulary, then grammars; write what is wrong with each, or nothing."""
+    """Read a vocabulary, then grammars; say of each what is wrong with it, or nothing."""
+    vocabulary = json.loads(sys.stdin.readline())
+    size, special = vocabulary["size"], vocabulary["special"]
+    # What takes long does not depend on the words, so bytes do; but ids are those of the model.
+    free = iter(sorted(set(range(size)) - set(special.values())))
+    words = dict(zip((bytes([byte]) for byte in range(256)), free, strict=False))
+    tokens = tokens_of(words, special, ".", vocabulary["ends"], size)
+    answer = ""
+    while True:
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+        if not (line := sys.stdin.readline()):
+            return
+        _limit()
+        question = json.loads(line)
+        try:
+            compile_grammar(question["kind"], question["text"], tokens)
+            answer = ""
+        except GrammarError as error:
+            answer = str(error)
+
+
+def _limit() -> None:
+    """Little memory; and an end, should who asks have died meanwhile."""
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    vocabulary = json.loads(sys.stdin.readline())
-    special = vocabulary["special"]
-    # What takes long does not depend on the words, so bytes do; but ids are those of the model.
-    free = (id_ for id_ in range(vocabulary["size"]) if id_ not in set(special.values()))
-    words = dict(zip((bytes([byte]) for byte in range(256)), free, strict=False))
-    tokens = tokens_of(words, special, ".", vocabulary["ends"], vocabulary["size"])
-    for line in sys.stdin:
-        try:
-            question = json.loads(line)
-            compile_grammar(question["kind"], question["text"], tokens)
-            answer = ""
-        except GrammarError as error:
-            answer = str(error)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(used.ru_utime + used.ru_stime + 2 * SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
 
 
 if __name__ == "__main__":

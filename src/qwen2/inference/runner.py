@@ -53,9 +53,7 @@ class Runner:
     def run(self, batch: Batch) -> Tensor:
         """Logits (len(batch.rows), V), fp32 on the CPU; also fills in `batch.hidden`."""
         if self.step is not None and len(batch.tokens) <= FEW and not batch.hidden_rows:
-            return self.step(
-                batch.tokens, batch.positions, batch.counts, batch.blocks, batch.rows
-            )
+            return self.step(batch.tokens, batch.positions, batch.counts, batch.blocks, batch.rows)
         model, device = self.model, self.model.device
         attention = model.cached(self.store, batch.tables, batch.counts)
         tokens = torch.tensor(batch.tokens, device=device)

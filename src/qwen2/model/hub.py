@@ -119,9 +119,16 @@ def load(
         return model, reading.result()
 
 
-def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Qwen2:
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str | None = None,
+    inference: bool = False,
+) -> Qwen2:
     """The model alone; see `load`."""
-    return open_checkpoint(name).model(dtype, device)
+    return open_checkpoint(name).model(dtype, device, quantize=quantize, joined=inference)
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:

@@ -157,10 +157,17 @@ struct Matrix {  // (n, k), row after row; n a multiple of TILE, k of CHUNK
   const float* bias;            // (n,) or null
 };
 
+struct Store {  // of one layer: bf16, or int8 where there are scales
+  void *keys, *values;            // (slots, K, D)
+  float *key_scale, *value_scale; // (slots, K)
+  const float* bias;              // (K, D), which int8 keys lack
+  const float *cos, *sin;         // (positions, D/2), to rotate it
+};
+
 struct Layer {
   const float *input_norm, *post_norm;  // (C,)
   Matrix qkv, o, gate_up, down;
-  bf16 *keys, *values;  // (slots, K, D)
+  Store store;
 };
 
 struct Model {
@@ -541,17 +548,22 @@ void rotate(const float* x, const float* cos, const float* sin, int D, float* ou
 
 // The blocks of one sequence in a layer's store, seen by one kv head.
 struct Pages {
-  const bf16 *keys, *values;
+  const Store& store;
   const int32_t* table;
   int block_size, K, D, head;
-  size_t at(int token) const {
+
+  size_t place(int token) const {  // of its slot and this head
     size_t slot = size_t(table[token / block_size]) * block_size + token % block_size;
-    return (slot * K + head) * D;
+    return slot * K + head;
   }
+  bf16* key(size_t place) const { return (bf16*)store.keys + place * D; }
+  bf16* value(size_t place) const { return (bf16*)store.values + place * D; }
+  int8_t* key8(size_t place) const { return (int8_t*)store.keys + place * D; }
+  int8_t* value8(size_t place) const { return (int8_t*)store.values + place * D; }
 };
 
 struct AttentionScratch {
-  std::vector<bf16> q, p, keys, values;
+  std::vector<bf16> q, p, keys, values, key_rows, value_rows;
   std::vector<float> scores, out, most, sum;
 };
 
@@ -654,14 +666,34 @@ void interleave(const bf16* first, const bf16* second, int D, bf16* out) {
 }
 #endif
 
+// A token's key, with the bias rotated to its position, and its value.
+void dequantise_token(const Pages& pages, int token, size_t place, bf16* key, bf16* value) {
+  const Store& store = pages.store;
+  int D = pages.D;
+  float row[MOST_D], scale = store.key_scale[place];
+  size_t angles = size_t(token) * (D / 2);
+  rotate(store.bias + pages.head * D, store.cos + angles, store.sin + angles, D, row);
+  const int8_t *k = pages.key8(place), *v = pages.value8(place);
+  for (int d = 0; d < D; d++) row[d] += float(k[d]) * scale;
+  narrow_row(row, D, key);
+  scale = store.value_scale[place];
+  for (int d = 0; d < D; d++) row[d] = float(v[d]) * scale;
+  narrow_row(row, D, value);
+}
+
 // Keys [begin, begin + count) as (D / 2, KEYS, 2), values as (KEYS / 2, D, 2); zeros after them.
 void pack(const Pages& pages, int begin, int count, AttentionScratch& s) {
   int D = pages.D;
   const bf16 *keys[KEYS], *values[KEYS], zeros[MOST_D] = {};
+  if (pages.store.key_scale) s.key_rows.resize(KEYS * D), s.value_rows.resize(KEYS * D);
   for (int j = 0; j < KEYS; j++) {
-    size_t at = j < count ? pages.at(begin + j) : 0;
-    keys[j] = j < count ? pages.keys + at : zeros;
-    values[j] = j < count ? pages.values + at : zeros;
+    keys[j] = values[j] = zeros;
+    if (j >= count) continue;
+    size_t place = pages.place(begin + j);
+    keys[j] = pages.store.key_scale ? &s.key_rows[j * D] : pages.key(place);
+    values[j] = pages.store.key_scale ? &s.value_rows[j * D] : pages.value(place);
+    if (pages.store.key_scale)
+      dequantise_token(pages, begin + j, place, &s.key_rows[j * D], &s.value_rows[j * D]);
   }
 #if FAST
   for (int j = 0; j < KEYS; j += 16)
@@ -777,10 +809,20 @@ void remember(const Model& model, const Layer& layer, const Batch& batch, int se
   const float* sin = model.sin + size_t(position) * (D / 2);
   own.row.resize(std::max(int(own.row.size()), D));
   for (int head = 0; head < K; head++) {
-    size_t at = Pages{layer.keys, layer.values, table, model.block_size, K, D, head}.at(position);
-    rotate(qkv + (H + head) * D, cos, sin, D, own.row.data());
-    narrow_row(own.row.data(), D, layer.keys + at);
-    narrow_row(qkv + (H + K + head) * D, D, layer.values + at);
+    Pages pages{layer.store, table, model.block_size, K, D, head};
+    size_t place = pages.place(position);
+    const float *k = qkv + (H + head) * D, *v = qkv + (H + K + head) * D;
+    float bare[MOST_D], *rotated = own.row.data();
+    if (layer.store.key_scale) {
+      for (int d = 0; d < D; d++) bare[d] = k[d] - layer.store.bias[head * D + d];
+      rotate(bare, cos, sin, D, rotated);
+      layer.store.key_scale[place] = quantise_row(rotated, D, pages.key8(place));
+      layer.store.value_scale[place] = quantise_row(v, D, pages.value8(place));
+    } else {
+      rotate(k, cos, sin, D, rotated);
+      narrow_row(rotated, D, pages.key(place));
+      narrow_row(v, D, pages.value(place));
+    }
   }
 }
 
@@ -790,7 +832,9 @@ void attend_sequence(const Model& model, const Layer& layer, const Batch& batch,
   int H = model.H, K = model.K, D = model.D, G = H / K, width = (H + 2 * K) * D;
   int first = batch.starts[sequence], count = batch.starts[sequence + 1] - first;
   const int32_t* table = batch.tables + size_t(sequence) * batch.table_width;
-  Pages pages{layer.keys, layer.values, table, model.block_size, K, D, head};
+  Store store = layer.store;
+  store.cos = model.cos, store.sin = model.sin;
+  Pages pages{store, table, model.block_size, K, D, head};
   AttentionScratch& s = own.attention;
   own.row.resize(std::max(int(own.row.size()), D));
   s.q.resize(size_t(count) * G * D);
@@ -918,10 +962,9 @@ void product(const Matrix* w, const float* x, int32_t m, float* out) {
   });
 }
 
-// q (n, H, D), rotated, of the last n of `length` tokens of one sequence -> out (n, H, D).
-void attention(const bf16* q, const bf16* keys, const bf16* values, const int32_t* table,
-               int32_t block_size, int32_t n, int32_t length, int32_t H, int32_t K, int32_t D,
-               bf16* out) {
+// q (n, H, D), rotated, of the last n of `length` tokens in `slots` -> out (n, H, D).
+void attention(const bf16* q, const Store* store, const int32_t* slots, int32_t n, int32_t length,
+               int32_t H, int32_t K, int32_t D, bf16* out) {
   constexpr int TOKENS = 32;  // queries that share the packing of their keys
   int G = H / K, blocks = (n + TOKENS - 1) / TOKENS;
   std::atomic<int> next{0};
@@ -930,7 +973,7 @@ void attention(const bf16* q, const bf16* keys, const bf16* values, const int32_
     // The last queries see most keys: they go first, so that no thread is left with a long one.
     for (int i; (i = next.fetch_add(1)) < blocks * K;) {
       int head = i % K, begin = (blocks - 1 - i / K) * TOKENS, count = std::min(TOKENS, n - begin);
-      Pages pages{keys, values, table, block_size, K, D, head};
+      Pages pages{*store, slots, 1, K, D, head};
       s.q.resize(size_t(count) * G * D);
       for (int m = 0; m < count; m++)
         std::copy_n(q + (size_t(begin + m) * H + head * G) * D, G * D, &s.q[size_t(m) * G * D]);
@@ -986,6 +1029,38 @@ void scale_products(const int32_t* products, const float* x_scale, const float* 
       if (bias)
         for (int j = 0; j < n; j++) row[j] += bias[j];
       narrow_row(row.data(), n, out + size_t(i) * n);
+    }
+  });
+}
+
+// x (m, C) -> x / sqrt(mean(x²) + eps) * weight (C,)
+void norm(const bf16* x, const bf16* weight, int32_t m, int32_t C, float eps, bf16* out) {
+  pool->run([&](int t) {
+    auto& row = own[t].row;
+    row.resize(std::max(int(row.size()), 2 * C));
+    float* wide = row.data() + C;
+    widen_row(weight, C, wide);
+    for (int i = t; i < m; i += pool->threads()) {
+      widen_row(x + size_t(i) * C, C, row.data());
+      rms_norm(row.data(), wide, C, eps, row.data());
+      narrow_row(row.data(), C, out + size_t(i) * C);
+    }
+  });
+}
+
+// x (m, heads, D), rows `stride` apart, by cos and sin (m, D/2) -> out (m, heads, D)
+void rotate_heads(const bf16* x, int64_t stride, const bf16* cos, const bf16* sin, int32_t m,
+                  int32_t heads, int32_t D, bf16* out) {
+  pool->run([&](int t) {
+    float angles[MOST_D], head[MOST_D], turned[MOST_D];
+    for (int i = t; i < m; i += pool->threads()) {
+      widen_row(cos + size_t(i) * (D / 2), D / 2, angles);
+      widen_row(sin + size_t(i) * (D / 2), D / 2, angles + D / 2);
+      for (int h = 0; h < heads; h++) {
+        widen_row(x + i * stride + h * D, D, head);
+        rotate(head, angles, angles + D / 2, D, turned);
+        narrow_row(turned, D, out + (size_t(i) * heads + h) * D);
+      }
     }
   });
 }

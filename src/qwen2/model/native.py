@@ -10,24 +10,28 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import threading
-from ctypes import Structure, byref, c_char_p, c_int32, c_void_p
+from ctypes import Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from qwen2.model.cache import LayerKV
+
 
 BF16, INT8, INT4 = range(3)  # the formats of kernels.cpp
 TILE, CHUNK = 4, 64  # a matrix's rows and columns are multiples
+MOST_D = 256  # units of a head
 _LOCK = threading.Lock()  # the kernels have one set of threads and scratch memory
 
 
 class Matrix(Structure):
     """A weight (n, k) in a format; see kernels.cpp."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes' own declaration)
+    _fields_ = [
         ("format", c_int32), ("n", c_int32), ("k", c_int32),
         *((name, c_void_p) for name in ("weight", "scale", "sums", "group_scale", "group_minimum")),
         ("bias", c_void_p),
@@ -121,28 +125,65 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (N, C) and weight (C,), bf16 -> bf16 (N, C)."""
+    N, C = x.shape
+    out = torch.empty((N, C), dtype=torch.bfloat16)
+    call("norm", _at(x), _at(weight), N, C, c_float(eps), _at(out))
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads of x (N, H, D), whose rows may lie apart, by cos and sin (N, 1, D/2); all bf16."""
+    N, H, D = x.shape
+    if x.stride()[1:] != (D, 1):
+        x = x.contiguous()
+    out = torch.empty((N, H, D), dtype=torch.bfloat16)
+    place, stride = c_void_p(x.data_ptr()), c_int64(x.stride(0))
+    call("rotate_heads", place, stride, _at(cos), _at(sin), N, H, D, _at(out))
+    return out
+
+
+class Store(Structure):
+    """A layer's keys and values; see kernels.cpp."""
+
+    _fields_ = [
+        (name, c_void_p)
+        for name in ("keys", "values", "key_scale", "value_scale", "bias", "cos", "sin")
+    ]
+
+    @classmethod
+    def of(cls, kept: LayerKV) -> Self:
+        """The places of its tensors, which must outlive it."""
+        *tensors, angles = kept
+        places = [None if t is None else _at(t) for t in (*tensors, *(angles or (None, None)))]
+        return cls(*places)
+
+
+def attention(q: Tensor, kept: LayerKV, place: Tensor | slice) -> Tensor:
     """Causal attention of the last N of S tokens of a sequence, in bf16.
 
-    q (N, H, D), rotated; keys and values (slots, K, D), a layer's store; slots (S,) int32, the
-    tokens' places in it -> (N, H, D).
+    q (N, H, D), rotated; `place` (S,): the tokens' slots in what is kept of the layer -> (N, H, D).
     """
     N, H, D = q.shape
-    out = torch.empty_like(q)
+    if isinstance(place, slice):
+        place = torch.arange(place.start, place.stop)
+    out, slots = torch.empty_like(q), place.int()
     call(
-        "attention", _at(q), _at(keys), _at(values), _at(slots), 1,
-        N, len(slots), H, keys.shape[1], D, _at(out),
+        "attention", _at(q), byref(Store.of(kept)), _at(slots),
+        N, len(slots), H, kept.keys.shape[1], D, _at(out),
     )  # fmt: skip
     return out
 
 
-def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `attention` takes such heads."""
+def can_attend(q: Tensor, kept: LayerKV) -> bool:
+    """Whether `attention` takes such heads, kept in such a type."""
     return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and head_dim % 32 == 0
-        and head_dim <= 256
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and kept.keys.dtype in (torch.bfloat16, torch.int8)
+        and q.shape[-1] % 32 == 0
+        and q.shape[-1] <= MOST_D
         and is_fast()
     )
 
@@ -174,7 +215,8 @@ class Weight:
     ) -> None:
         format_ = BF16 if scale is None else INT8 if minimum is None else INT4
         n, k = len(weight), weight.shape[1] * (2 if format_ == INT4 else 1)
-        assert n % TILE == 0 and k % CHUNK == 0, (n, k)
+        assert not n % TILE, n
+        assert not k % CHUNK, k
         sums = None
         if format_ == INT8:
             sums = torch.empty(n, dtype=torch.int32)

@@ -20,8 +20,9 @@ from qwen2.model.packing import GROUP, Parts, encode_int4, pack_int4
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean (GPTQ, section 3.3)."""
 
-SHRINKING = [1.0 - 0.04 * step for step in range(-2, 13)]
-"""Widths tried for a group, as shares of what its least and greatest number span."""
+STEPS = (10, 11, 12, 13, 14, 15, 15.5, 16, 17, 18, 19, 21, 23, 26, 29)
+"""Steps tried between a group's least and greatest number; beyond 15 the ends are cut off. Fewer
+find the grid again that weights lie on which were in 4 bits before."""
 
 
 def fit_groups(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,9 +37,9 @@ def fit_groups(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     sum_w, sum_ww = weighted.sum(-1), (weighted * groups).sum(-1)
     best = torch.full_like(sum_w, torch.inf)
     scale, minimum = torch.zeros_like(sum_w), torch.zeros_like(sum_w)
-    for share in SHRINKING:
-        step = span * (share / 15)
-        start = middle - 7.5 * step
+    for steps in STEPS:
+        step = span / steps
+        start = least if steps <= 15 else middle - 7.5 * step
         for _ in range(2):  # the second time by the scale that fitted the first
             q = groups.sub(start).div_(step).round_().clamp_(0, 15)
             iq = importance * q
