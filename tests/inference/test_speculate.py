@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_properties import Machine as EngineMachine
 from tiny_models import BYTES, build, full_pass_greedy
 
 import qwen2
@@ -341,6 +342,22 @@ def test_a_broken_pass_leaves_the_engine_usable(
         pass
     same(Completion.of(request), plain(tuple(LONG), params().model_dump_json()))
     assert ours.stats.kv_used == 0
+
+
+class Machine(EngineMachine):
+    """Whatever else happens to an engine (see there), while it guesses with a draft model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = EngineConfig(
+            block_size=4, kv_tokens=32, max_batch_tokens=11, max_running=5, max_queue=1000,
+            speculate=3,
+        )  # fmt: skip
+        self.engine = Engine(MODEL, BYTES, config, draft=DRAFTS["of fewer rows"])
+
+
+TestEngine = Machine.TestCase
+TestEngine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.real
