@@ -33,7 +33,7 @@ class EngineConfig(Config):
     kv_dtype: Literal["auto", "int8"] = "auto"
     prefix_cache: bool = True
     max_queue: int = Field(default=256, ge=1)  # requests that may wait
-    speculate: int = Field(default=0, ge=0)
+    speculate: int = Field(default=0, ge=0, le=31)  # tokens to guess at a time; see speculate.py
 
     @model_validator(mode="after")
     def _everyone_gets_a_token(self) -> Self:
@@ -54,8 +54,8 @@ class EngineStats:
     preemptions: int  # times
     prompt_tokens: int
     generated_tokens: int
-    spec_proposed: int = 0
-    spec_accepted: int = 0
+    spec_proposed: int = 0  # guesses that the model has verified
+    spec_accepted: int = 0  # of them, those that were what it drew
 
 
 def default_kv_tokens(model: Qwen2, max_running: int) -> int:
