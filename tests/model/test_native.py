@@ -253,3 +253,14 @@ def test_kernels_of_another_processor_are_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "_processor_flags", lambda: {"sse2"})
     assert "another processor" in (native.why_not() or "")
     assert not native.is_fast()
+
+
+@pytest.mark.parametrize("method", ["bf16", "int8"])
+def test_logits_of_hidden_states(
+    library: None, model: Qwen2, generator: torch.Generator, method: str
+) -> None:
+    if method != "bf16":
+        model = quantise_model(model, method)
+    hidden = torch.randn(3, 128, generator=generator).bfloat16()
+    expected = model.lm_head(hidden).float()
+    torch.testing.assert_close(stepper(model).logits(hidden), expected, rtol=0.01, atol=0.05)

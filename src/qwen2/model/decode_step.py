@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen2.model.cache import KVStore
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
-from qwen2.model.native import CHUNK, TILE, Matrix, Store, Weight, call, why_not
+from qwen2.model.native import CHUNK, TILE, Matrix, Store, Weight, call, product, why_not
 
 
 class _Layer(Structure):
@@ -84,6 +84,7 @@ class DecodeStep:
             own.store = Store.of(store.layer(i))
         self._kept += [layers, store]
         head = self._weight(tuple(model.lm_head.parts().values()))
+        self._head: Weight = self._kept[-1]
         embedding = head
         if not config.tie_word_embeddings:
             embedding = self._weight((*model.model.embed_tokens.parameters(), None))
@@ -121,6 +122,10 @@ class DecodeStep:
         )  # fmt: skip
         call("step", byref(self._model), byref(batch))
         return logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) fp32 of a few final hidden states (n, C)."""
+        return product(hidden.float(), self._head)
 
     def _reach(self, length: int) -> None:
         """Have the angles of positions before `length`."""
