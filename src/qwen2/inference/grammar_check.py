@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-SECONDS = 5.0  # to compile a grammar, which takes milliseconds
+SECONDS = 3.0  # to compile a grammar, which takes milliseconds
 START_SECONDS = 60.0  # to start the process: plenty on a busy machine
 MEMORY = 2 << 30  # bytes of address space, of the process that tries
 
 LIMITS: dict[str, Any] = {
-    # The lexer's largest structure. A repeated lexeme takes time by its square: this is 0.1 s.
-    "initial_lexer_fuel": 50_000,
+    # The lexer's largest structure. A repeated lexeme takes time by its square: this is 0.2 s.
+    "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 100_000,  # of one mask: about 7 ms
     "step_max_items": 50_000,  # the same of the parser: 3 ms
     "max_items_in_row": 2000,
@@ -123,7 +123,7 @@ class Checker:
         Raises:
             GrammarError: it cannot, or the process is busy with others for too long.
         """
-        if not self._lock.acquire(timeout=2 * SECONDS):
+        if not self._lock.acquire(timeout=SECONDS):
             raise GrammarError("others are being compiled; try again later")
         try:
             process = self._process
