@@ -84,3 +84,46 @@ def test_it_calls_a_tool(client: Any) -> None:
     ]
     answer = client.chat.completions.create(messages=messages, model="model", temperature=0)
     assert "rain" in answer.choices[0].message.content
+
+
+def forced(client: Any, **settings: Any) -> Any:
+    """An answer that a grammar holds; or a skip while the engine has none."""
+    openai = pytest.importorskip("openai")
+    try:
+        return client.chat.completions.create(
+            model="model", temperature=0, max_tokens=100, **settings
+        )
+    except openai.BadRequestError as error:
+        if "no grammars yet" in str(error):
+            pytest.skip("the engine has no grammars yet")
+        raise
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
+)
+def test_a_tool_that_must_be_called_is_called(client: Any, choice: Any) -> None:
+    messages = [{"role": "user", "content": "Name a prime."}]
+    answer = forced(
+        client, messages=messages, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert list(json.loads(call.function.arguments)) == ["city"]
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_an_answer_follows_a_schema(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "inhabitants": {"type": "integer"}},
+        "required": ["city", "inhabitants"],
+        "additionalProperties": False,
+    }
+    messages = [{"role": "user", "content": "Tell me of the capital of France, as JSON."}]
+    wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    answer = forced(client, messages=messages, response_format=wanted)
+    found = json.loads(answer.choices[0].message.content)
+    assert found["city"] == "Paris"
+    assert isinstance(found["inhabitants"], int)
+    answer = forced(client, messages=messages, response_format={"type": "json_object"})
+    assert isinstance(json.loads(answer.choices[0].message.content), dict)

@@ -9,6 +9,7 @@ import typer
 
 import qwen2
 from qwen2.cli import (
+    bench,
     chat,
     convert,
     doctor,
@@ -59,6 +60,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(train.train)
 app.command()(upcycle.upcycle)
 app.command()(doctor.doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def serve(
     ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests worked on at a time.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 256,
-    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pass.")] = 2048,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pass.")] = 1024,
     kv_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens the cache holds; when not given, what fits in memory."),

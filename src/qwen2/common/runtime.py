@@ -74,8 +74,9 @@ def free_memory(device: torch.device) -> int:
     return max(free, 0)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next allocation; without glibc nothing happens.
+def keep_freed_memory(most: int = 2**31 - 1) -> None:
+    """Let glibc keep freed blocks, `most` bytes of them, for the next allocation; without it
+    nothing happens.
 
     It maps every tensor above 32 MiB anew, whose pages the kernel then clears one by one: 8 % of a
     training step on the CPU. Peak memory is the same; the process gives less back in between.
@@ -84,7 +85,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, most)
 
 
 def in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:

@@ -26,7 +26,7 @@ class EngineDead(RuntimeError):  # noqa: N818
 class EngineConfig(Config):
     """How much is computed and held at a time."""
 
-    max_batch_tokens: int = Field(default=2048, ge=1)  # of one pass: bounds its activations
+    max_batch_tokens: int = Field(default=1024, ge=1)  # of one pass: bounds its activations
     max_running: int = Field(default=64, ge=1)
     block_size: int = Field(default=16, ge=1)
     kv_tokens: int | None = Field(default=None, ge=1)  # of all sequences; None: `default_kv_tokens`

@@ -48,6 +48,8 @@ from qwen2.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineConfig", "EngineDead", "EngineStats", "QueueFull"]
 
+KEPT = 1 << 28  # bytes that a pass has freed and the next will want
+
 
 class Engine:
     """Completions of a model, any number at a time; to be used from one thread (see thread.py).
@@ -71,7 +73,7 @@ class Engine:
         if tokenizer is None:
             raise UserError("a model alone has no text: give its tokenizer too")
         self.config = config = config or EngineConfig()
-        keep_freed_memory()
+        keep_freed_memory(KEPT)
         kernels.tune()
         model.fuse_projections()
         self.model, self.tokenizer = model, tokenizer

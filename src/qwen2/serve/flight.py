@@ -55,7 +55,7 @@ class Flight:
                 self.requests.append(request)
                 if self._gone:  # the client left meanwhile
                     self._engine.cancel(request)
-        except BaseException as error:
+        except (UserError, QueueFull, EngineDead) as error:
             self.cancel()
             raise translated(error) from error
 
@@ -83,19 +83,19 @@ class Flight:
         self._loop.call_soon_threadsafe(self._outputs.put_nowait, (index, output))
 
 
-def translated(error: BaseException) -> BaseException:
+def translated(error: UserError | QueueFull | EngineDead) -> ApiError:
     """What the engine raised, in the words of HTTP."""
-    if isinstance(error, UserError):
-        return ApiError(400, str(error))
     if isinstance(error, QueueFull):
         return ApiError(429, str(error), code="queue_full", headers={"retry-after": "1"})
     if isinstance(error, EngineDead):
         return ApiError(503, "the engine is not running", code="engine_not_running")
-    return error
+    return ApiError(400, str(error))
 
 
 def failure(output: Output) -> ApiError | None:
     """The error of a request that did not end as it should."""
+    if output.finish_reason == "error" and (output.error or "").startswith("grammar"):
+        return ApiError(400, str(output.error))  # what it asked for can't be, as came out late
     if output.finish_reason == "error":
         return ApiError(500, "the engine failed on this request", code="engine_error")
     if output.finish_reason == "cancelled":
