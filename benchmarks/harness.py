@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: spreads, hardware, options, and where results go.
+"""What the benchmark scripts share: turns, ratios, options, and where results go.
 
 Ratios are our speed over the peer's: greater than 1 means that we are faster. They are taken from
 pairs of runs that follow each other, so that a machine whose speed drifts changes both.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
-import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen2.common.cores import available_cores
+from qwen2.common.hardware import hardware
+from qwen2.common.spread import spread as spread
 
 ROUNDS = 5
 
@@ -58,26 +57,9 @@ def alternate(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
     return figures
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    values = list(values)
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
 def ratios(ours: Iterable[float], peer: Iterable[float]) -> dict[str, float]:
     """Pair by pair, our speed over the peer's."""
     return spread(mine / theirs for mine, theirs in zip(ours, peer, strict=True))
-
-
-def hardware() -> str:
-    """The processor's name and the cores in use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {available_cores()} cores"
 
 
 def commit() -> str:

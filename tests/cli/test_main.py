@@ -76,10 +76,39 @@ def test_generate_as_chat_and_from_an_empty_prompt(folder: Path) -> None:
     assert generated(folder, "-p", "", "-n", 1)["prompt_token_ids"] == [256]
 
 
+def test_generate_guesses_ahead(folder: Path, tmp_path: Path) -> None:
+    prompt = "-p", "abc abc abc", "-n", 12
+    expected = generated(folder, *prompt)
+    assert generated(folder, *prompt, "--speculate", 4) == expected
+    assert generated(folder, *prompt, "--speculate", 4, "--draft", folder) == expected
+    done = qwen2("generate", folder, *prompt, "--draft", folder)
+    assert done.returncode == 2
+    assert "a draft model needs speculate" in done.stderr
+    model, _ = load(folder)
+    ranks = {bytes([255 - value]): value for value in range(256)}
+    other = Tokenizer.from_ranks(ranks, dict(BYTES.special_tokens))
+    save(model, other, tmp_path / "other")
+    done = qwen2("generate", folder, *prompt, "--speculate", 4, "--draft", tmp_path / "other")
+    assert done.returncode == 2
+    assert "its tokenizer is another" in done.stderr
+
+
 def test_generate_streams_text(folder: Path) -> None:
     done = qwen2("generate", folder, "-p", "-", "-n", 8, stdin="some input")
     assert done.returncode == 0
     assert done.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantised_on_load(folder: Path, tmp_path: Path, method: str) -> None:
+    assert len(generated(folder, "-p", "hi", "-n", 3, "--quantize", method)["token_ids"]) == 3
+    (tmp_path / "text.txt").write_text("Some text to score, not much of it.")
+    scores = [
+        json.loads(qwen2("score", folder, tmp_path / "text.txt", "--json", *options).stdout)
+        for options in ([], ["--quantize", method])
+    ]
+    assert scores[1]["bits_per_byte"] == pytest.approx(scores[0]["bits_per_byte"], rel=0.05)
+    assert scores[1] != scores[0]
 
 
 def test_score_prints_one_object(folder: Path, tmp_path: Path) -> None:
@@ -130,6 +159,7 @@ def test_train_makes_a_context_longer(folder: Path, tmp_path: Path) -> None:
         (["generate", "MODEL", "-p", "x", "--top-p", "0"], "top_p"),
         (["generate", "MODEL", "-p", "x", "--dtype", "int3"], "int3"),
         (["generate", "MODEL", "-p", "x", "--device", "tpu"], "tpu"),
+        (["generate", "MODEL", "-p", "x", "--quantize", "int3"], "int8"),
         (["generate", "MODEL", "-p", "x", "--system", "y"], "--chat"),
         (["generate", "MODEL"], "prompt"),
         (["generate", "MODEL", "-p", "x" * 20_001], "20001 tokens"),

@@ -31,23 +31,29 @@ def kilobytes(key):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-small, path, dtype = sys.argv[1:]
-load_model(small, dtype=dtype)
+small, path, dtype, options = sys.argv[1:]
+options = json.loads(options)
+load_model(small, dtype=dtype, **options)
 before = kilobytes("VmRSS:")
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-model = load_model(path, dtype=dtype)
+model = load_model(path, dtype=dtype, **options)
 loaded = kilobytes("VmHWM:") - before
 weights = sum(p.nbytes for p in model.parameters()) / 1024
+if options.get("inference"):
+    model.fuse_projections()
 for p in model.parameters():
-    p.detach().sum()
+    p.detach().sum(dtype=None if p.is_floating_point() else int)
 touched = kilobytes("VmHWM:") - before
 print(json.dumps({"loaded": loaded / weights, "touched": touched / weights}))
 """
 
 
-def peaks(small: Path, path: Path, dtype: str) -> dict[str, float]:
-    """Peak resident memory over the loaded weights: after loading, and after use of all of them."""
-    command = [sys.executable, "-c", CHILD, str(small), str(path), dtype]
+def peaks(small: Path, path: Path, dtype: str, **options: object) -> dict[str, float]:
+    """Peak resident memory over the loaded weights: after loading, and after use of all of them.
+
+    `options` are more of `load_model`; with `inference` projections are joined before use.
+    """
+    command = [sys.executable, "-c", CHILD, str(small), str(path), dtype, json.dumps(options)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(result.stdout)
     return figures
@@ -85,6 +91,18 @@ def test_mapped_weights_cost_nothing_until_used(folder: Path) -> None:
     peak = peaks(folder / "small", folder / "middling", "bf16")
     assert peak["loaded"] < 0.15
     assert 0.9 < peak["touched"] < 1.15
+
+
+def test_weights_for_inference_are_in_memory_once(folder: Path) -> None:
+    """Those that are joined are not mapped besides."""
+    peak = peaks(folder / "small", folder / "middling", "bf16", inference=True)
+    assert 0.9 < peak["touched"] < 1.15
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantising_on_load_holds_the_result_and_little_more(folder: Path, method: str) -> None:
+    peak = peaks(folder / "small", folder / "middling", "bf16", quantize=method)
+    assert 0.9 < peak["loaded"] <= peak["touched"] < 1.2
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 import qwen2
+from qwen2.evaluate.score import score_text
 from qwen2.model.attention import PackedAttention
 from qwen2.model.config import PUBLISHED
+from qwen2.model.hub import save
+from qwen2.model.quantise import quantise_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -44,3 +49,35 @@ def test_the_shape_is_the_published_one(real_checkpoint: Path) -> None:
     assert model.config.num_non_embedding_parameters() == published.num_non_embedding_parameters()
     assert model.config.vocab_size == published.vocab_size
     assert model.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_int8_loses_less_than_a_hundredth_and_says_the_same(real_checkpoint: Path) -> None:
+    """Bits per byte of text that ships with Python, and the answer above."""
+    model, tokenizer = qwen2.load(real_checkpoint)
+    quantised = quantise_model(model, "int8")
+    text = inspect.getsource(textwrap)[:6000] + (inspect.getdoc(str) or "")
+    true = score_text(model, tokenizer, text).bits_per_byte
+    found = score_text(quantised, tokenizer, text).bits_per_byte
+    assert abs(found / true - 1) < 0.01
+    ids = tokenizer.encode(PROMPT, parse_special=True)
+    tokens = torch.tensor(ids + ANSWER[:-1])
+    steps = torch.arange(len(ids) - 1, len(tokens))
+    positions, attention = torch.arange(len(tokens)), quantised.packed([len(tokens)])
+    assert quantised(tokens, positions, attention, steps).argmax(-1).tolist() == ANSWER
+
+
+@torch.no_grad()
+def test_int4_says_the_same(real_checkpoint: Path, tmp_path: Path) -> None:
+    """Without a calibration, which takes minutes; through a file."""
+    model, tokenizer = qwen2.load(real_checkpoint, quantize="int4")
+    save(model, tokenizer, tmp_path / "int4")
+    model = qwen2.load(tmp_path / "int4", inference=True)[0]
+    text = inspect.getsource(textwrap)[:3000]
+    true = score_text(qwen2.load(real_checkpoint)[0], tokenizer, text).bits_per_byte
+    assert score_text(model, tokenizer, text).bits_per_byte < 1.05 * true
+    ids = tokenizer.encode(PROMPT, parse_special=True)
+    tokens = torch.tensor(ids + ANSWER[:-1])
+    steps = torch.arange(len(ids) - 1, len(tokens))
+    logits = model(tokens, torch.arange(len(tokens)), model.packed([len(tokens)]), steps)
+    assert logits.argmax(-1).tolist() == ANSWER

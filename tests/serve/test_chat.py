@@ -36,6 +36,10 @@ class Script:
     def accept(self, token: int) -> None:
         del self._left[0]
 
+    @property
+    def complete(self) -> bool:
+        return not self._left
+
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:

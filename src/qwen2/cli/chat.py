@@ -14,6 +14,7 @@ from qwen2.cli.options import (
     Extend,
     MaxTokens,
     Model,
+    Quantize,
     RepetitionPenalty,
     Seed,
     Temperature,
@@ -44,6 +45,7 @@ def chat(
     context: Context = None,
     extend: Extend = "dca+yarn",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -60,7 +62,7 @@ def chat(
         seed=seed,
     )
     set_threads(threads)
-    loaded = load_for(model, dtype, device, context, extend)
+    loaded = load_for(model, dtype, device, context, extend, quantize)
     conversation = Conversation(*loaded, params, system)
     say(f"Ctrl-C stops an answer, Ctrl-D leaves; {HELP}.")
     while (line := _read()) is not None:

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 import qwen2
-from qwen2.cli import chat, convert, generate, quickstart, score, serve, tokenizer, train, upcycle
+from qwen2.cli import (
+    bench,
+    chat,
+    convert,
+    doctor,
+    generate,
+    quickstart,
+    score,
+    serve,
+    tokenizer,
+    train,
+    upcycle,
+)
 from qwen2.common.errors import UserError
 
 INTERRUPTED = 130  # the exit code that typer makes of Ctrl-C
@@ -47,6 +59,8 @@ app.command()(convert.convert)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(train.train)
 app.command()(upcycle.upcycle)
+app.command()(doctor.doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -23,6 +23,9 @@ Context = Annotated[
 Extend = Annotated[
     str, typer.Option(help="For a longer --context than trained: dca+yarn, dca, yarn or none.")
 ]
+Quantize = Annotated[
+    str | None, typer.Option(help="Weights in int8 or int4, rounded while the model is read.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores when not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Tokens at most.")]
@@ -33,6 +36,14 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Over 1 avoids what was s
 Seed = Annotated[int | None, typer.Option(help="Draws the same again.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 
+Speculate = Annotated[
+    int,
+    typer.Option(min=0, max=31, help="Tokens to guess at a time from the text so far; 0: none."),
+]
+Draft = Annotated[
+    str | None, typer.Option(help="A smaller model of the same tokenizer that guesses instead.")
+]
+
 
 def sampling_params(**values: Any) -> SamplingParams:
     """The options of sampling, checked; a UserError names the one that cannot be."""
@@ -42,14 +53,46 @@ def sampling_params(**values: Any) -> SamplingParams:
 
 
 def load_for(
-    model: str, dtype: str, device: str, context: int | None, extend: str
+    model: str,
+    dtype: str,
+    device: str,
+    context: int | None,
+    extend: str,
+    quantize: str | None = None,
 ) -> tuple[Qwen2, Tokenizer]:
-    """The model, ready for `context` tokens; says on stderr what that has turned on."""
+    """The model for inference, ready for `context` tokens; says on stderr what that turned on."""
     from qwen2.common.progress import say
     from qwen2.model.extend import describe_context
     from qwen2.model.hub import load, load_config
 
-    loaded = load(model, dtype=dtype, device=device, context=context, extend=extend)
+    loaded = load(
+        model,
+        dtype=dtype,
+        device=device,
+        context=context,
+        extend=extend,
+        quantize=quantize,
+        inference=True,
+    )
     if context is not None:
         say(describe_context(loaded[0].config, load_config(model).trained_length))
     return loaded
+
+
+def draft_for(
+    draft: str | None,
+    tokenizer: Tokenizer,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+) -> Qwen2 | None:
+    """The model that guesses for one with this tokenizer, where one is named."""
+    from qwen2.common.errors import UserError
+    from qwen2.model.hub import load
+
+    if draft is None:
+        return None
+    model, own = load(draft, dtype=dtype, device=device, quantize=quantize, inference=True)
+    if own.ranks != tokenizer.ranks:
+        raise UserError(f"{draft}: its tokenizer is another, so it cannot guess for this model")
+    return model

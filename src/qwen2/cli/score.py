@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qwen2.cli.options import Device, Dtype, Extend, Json, Model, Threads, load_for
+from qwen2.cli.options import Device, Dtype, Extend, Json, Model, Quantize, Threads, load_for
 
 
 def score(
@@ -19,6 +19,7 @@ def score(
     ] = None,
     extend: Extend = "dca+yarn",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -34,7 +35,7 @@ def score(
     if not any(texts):
         raise UserError(f"{files[0]}: nothing to score; give a file with text")
     set_threads(threads)
-    language_model, tokenizer = load_for(model, dtype, device, context, extend)
+    language_model, tokenizer = load_for(model, dtype, device, context, extend, quantize)
     total = Score()
     with Progress("score", sum(len(text.encode()) for text in texts)) as progress:
         for text in texts:

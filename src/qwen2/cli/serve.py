@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qwen2.cli.options import Context, Device, Dtype, Extend, Model, Threads, load_for
+from qwen2.cli.options import Context, Device, Dtype, Extend, Model, Quantize, Threads, load_for
 
 
 def serve(
@@ -25,7 +25,7 @@ def serve(
     ] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests worked on at a time.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 256,
-    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pass.")] = 2048,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pass.")] = 1024,
     kv_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens the cache holds; when not given, what fits in memory."),
@@ -42,6 +42,7 @@ def serve(
     ] = 30.0,
     context: Context = None,
     extend: Extend = "dca+yarn",
+    quantize: Quantize = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -72,7 +73,9 @@ def serve(
         tuple(served_name or [_name(model)]), keys, run.allowed_hosts(bound, host, keys)
     )
     set_threads(threads)
-    thread = EngineThread(Engine(*load_for(model, dtype, device, context, extend), config))
+    thread = EngineThread(
+        Engine(*load_for(model, dtype, device, context, extend, quantize), config)
+    )
     app = create_app(thread, settings)
     thread.start()
     ready = f"qwen2: {settings.names[0]} is served at {run.url_of(bound)}, a chat page too"

@@ -43,6 +43,27 @@ def durable_write(path: Path, data: bytes) -> None:
 
 
 @contextmanager
+def durable_file(target: Path) -> Iterator[Path]:
+    """A temporary file that becomes `target` when the block ends well, and else goes.
+
+    Raises:
+        UserError: `target` exists, or the disk is full.
+    """
+    if target.exists():
+        raise UserError(f"{target}: exists already; choose another place or remove it")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with _clean_errors(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _fsync(partial)
+            partial.rename(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        _fsync(target.parent)
+
+
+@contextmanager
 def durable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `target`, with a manifest, when the block ends well.
 

@@ -1,7 +1,8 @@
-"""One pass of the model over a batch: the seam where a faster step can be put in.
+"""One pass of the model over a batch.
 
 A runner knows nothing of requests: it gets ids, positions and places in the cache, and gives back
-logits. Whoever replaces `Runner` fills the same store, or one of its own.
+logits. A few tokens go through the native step, where it can run the model; more, and other models,
+through the module's own pass, whose large products PyTorch does best.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen2.model.cache import KVStore
+from qwen2.model.decode_step import DecodeStep, can_step
 from qwen2.model.decoder import Qwen2
 
 
@@ -35,15 +37,23 @@ class Batch:
     hidden: Tensor | None = None  # (len(hidden_rows), C) fp32 on the CPU, which `run` fills in
 
 
+FEW = 32  # tokens, up to which the native step is the faster one
+
+
 class Runner:
-    """The plain reference: the model's own forward pass, with the head on the wanted rows only."""
+    """The forward pass, with the head on the wanted rows only."""
 
     def __init__(self, model: Qwen2, store: KVStore, block_size: int) -> None:
-        self.model, self.store, self.block_size = model, store, block_size
+        self.model, self.store = model, store
+        self.step: DecodeStep | None = None
+        if can_step(model.config, model.dtype, model.device) is None:
+            self.step = DecodeStep(model, store, block_size)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits (len(batch.rows), V), fp32 on the CPU; also fills in `batch.hidden`."""
+        if self.step is not None and len(batch.tokens) <= FEW and not batch.hidden_rows:
+            return self.step(batch.tokens, batch.positions, batch.counts, batch.blocks, batch.rows)
         model, device = self.model, self.model.device
         attention = model.cached(self.store, batch.tables, batch.counts)
         tokens = torch.tensor(batch.tokens, device=device)
@@ -55,4 +65,6 @@ class Runner:
             return torch.empty((0, model.config.vocab_size))
         if len(batch.rows) < len(batch.tokens):
             hidden = hidden[batch.rows]
+        if self.step is not None and len(hidden) <= FEW:
+            return self.step.logits(hidden)
         return model.lm_head(hidden).float().cpu()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from qwen2.model.attend import Part, attend
 from qwen2.model.config import ModelConfig
 from qwen2.model.dual_chunk import DualChunkAttention
-from qwen2.model.linear import Linear, Projections
+from qwen2.model.linear import Projections
+from qwen2.model.quantised_linear import linear_layer
 from qwen2.model.rope import Rope, Rotary, rotate
 
 WINDOW_ROWS = 512  # queries of a sliding window that share a mask
@@ -44,6 +45,9 @@ class Scheme(Protocol):
     def attend(self, layer: int, queries: Sequence[Tensor], k: Tensor, v: Tensor) -> Tensor:
         """The last T of S tokens: queries (T, H, D) each, k and v (S, K, D) -> (T, H, D)."""
 
+    def is_plain(self, layer: int) -> bool:
+        """Whether every token sees all before it, through one rotation."""
+
 
 class CausalScheme:
     """Every token sees all before it and itself, or in some layers only a window of them.
@@ -70,6 +74,10 @@ class CausalScheme:
         if window is None or window >= len(k):
             return causal_attention(queries[0], k, v)
         return windowed_attention(queries[0], k, v, window)
+
+    def is_plain(self, layer: int) -> bool:
+        """Without a window."""
+        return not self.windows or self.windows[layer] is None
 
 
 CAUSAL = CausalScheme()
@@ -150,12 +158,12 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        C, KD = config.hidden_size, config.kv_size
+        C, KD, bits = config.hidden_size, config.kv_size, config.quantisation
         self.layer, self.head_dim = layer, config.head_dim
-        self.q_proj = Linear(C, C)
-        self.k_proj = Linear(C, KD)
-        self.v_proj = Linear(C, KD)
-        self.o_proj = Linear(C, C, bias=False)
+        self.q_proj = linear_layer(C, C, True, bits)
+        self.k_proj = linear_layer(C, KD, True, bits)
+        self.v_proj = linear_layer(C, KD, True, bits)
+        self.o_proj = linear_layer(C, C, False, bits)
         self.projections = Projections(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, rotary: Rotary, attention: AttentionContext) -> Tensor:

@@ -6,7 +6,7 @@ are closed forms, held against the table and against the built module by tests.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -74,6 +74,12 @@ class Mixture(Config):
         return self
 
 
+class Quantisation(Config):
+    """Weights in few bits, for inference: see quantised_linear.py."""
+
+    method: Literal["int8", "int4"]
+
+
 class ModelConfig(Config):
     """Everything that decides the shape and the arithmetic of a decoder."""
 
@@ -93,6 +99,7 @@ class ModelConfig(Config):
     yarn: Yarn | None = None
     dual_chunk: DualChunk | None = None
     sliding: SlidingWindow | None = None
+    quantisation: Quantisation | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen2.model import kernels
 from qwen2.model.attention import AttentionContext, PackedAttention, SelfAttention, scheme_of
 from qwen2.model.cache import KVStore, PagedAttention
-from qwen2.model.config import ModelConfig
-from qwen2.model.linear import Linear
+from qwen2.model.config import ModelConfig, Quantisation
 from qwen2.model.mlp import MLP
 from qwen2.model.moe import MoE, Routing
+from qwen2.model.quantised_linear import QuantisedEmbedding, linear_layer
 from qwen2.model.rope import Rope, Rotary
 
 
@@ -31,6 +32,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C) -> (N, C), in x's dtype."""
+        if kernels.choosable(x):
+            return kernels.TABLE["norm"](x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -43,7 +46,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(C, eps)
         self.self_attn = SelfAttention(config, index)
         self.post_attention_layernorm = RMSNorm(C, eps)
-        self.mlp = MoE(config) if config.moe else MLP(C, config.intermediate_size)
+        self.mlp = (
+            MoE(config) if config.moe else MLP(C, config.intermediate_size, config.quantisation)
+        )
 
     def forward(
         self,
@@ -63,7 +68,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = QuantisedEmbedding if config.quantisation else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(config.head_dim, config.rope_theta, config.yarn)
@@ -79,7 +85,7 @@ class Decoder(nn.Module):
 
         A mixture's layers add what their routers did to `routing`, where it is given.
         """
-        x = self.embed_tokens(tokens)  # (N, C)
+        x = self.embed_tokens(tokens).to(self.norm.weight.dtype)  # (N, C)
         rotary = attention.rotary(self.rope, positions, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, attention, routing)
@@ -94,13 +100,15 @@ class Qwen2(nn.Module):
         self.config = config
         self.scheme = scheme_of(config)
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        head_bits = config.quantisation and Quantisation(method="int8")  # also in int4 models
+        self.lm_head = linear_layer(config.hidden_size, config.vocab_size, False, head_bits)
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Make the head the embedding, where the configuration says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            for name, _ in self.model.embed_tokens.named_parameters():
+                setattr(self.lm_head, name, getattr(self.model.embed_tokens, name))
 
     def packed(self, lengths: Sequence[int]) -> PackedAttention:
         """The attention context of documents laid end to end, as the configuration has it."""
@@ -127,11 +135,13 @@ class Qwen2(nn.Module):
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         for module in self.modules():
             if isinstance(module, SelfAttention | MLP):
-                layers = module.projections.layers
-                yield [names[id(layer.weight)] for layer in layers]
-                biases = [layer.bias for layer in layers if layer.bias is not None]
-                if biases:
-                    yield [names[id(bias)] for bias in biases]
+                for group in filter(None, module.projections.groups()):
+                    yield [names[id(parameter)] for parameter in group]
+
+    def key_biases(self) -> list[Tensor]:
+        """The bias (K D,) of every layer's keys."""
+        attentions = (m for m in self.modules() if isinstance(m, SelfAttention))
+        return [a.k_proj.bias for a in attentions if a.k_proj.bias is not None]
 
     @property
     def device(self) -> torch.device:
@@ -140,8 +150,8 @@ class Qwen2(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' number type."""
-        return self.model.embed_tokens.weight.dtype
+        """The number type of activations, and of all parameters that are not quantised."""
+        return self.model.norm.weight.dtype
 
     def forward(
         self,

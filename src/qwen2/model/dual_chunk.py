@@ -83,6 +83,10 @@ class DualChunkAttention:
             out.append(attend(parts))
         return out[0] if len(out) == 1 else torch.cat(out)
 
+    def is_plain(self, layer: int) -> bool:
+        """Never: a query has up to three rotations."""
+        return False
+
 
 def squared_temperature(positions: Tensor, trained: int, dtype: torch.dtype) -> Tensor:
     """m² for queries at `positions` (N,), in fp32 at least: (N,)."""

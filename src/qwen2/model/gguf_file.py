@@ -8,7 +8,6 @@ permuted.
 from __future__ import annotations
 
 import mmap
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
 from qwen2.model.dequantise import can_dequantise, dequantise
 from qwen2.model.gguf_header import TensorInfo, read_header
-from qwen2.model.hf_config import DENSE, MIXTURE, config_from_hf
+from qwen2.model.gguf_names import ARCHITECTURES, MIXTURE_SIZES, SIZES, published_name
+from qwen2.model.hf_config import DENSE, config_from_hf
 from qwen2.model.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -34,46 +34,6 @@ _IGNORED = {"rope_freqs.weight"}  # factors of scalings other than YARN, which a
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-_TOP = {
-    "token_embd.weight": EMBEDDING,
-    "output.weight": HEAD,
-    "output_norm.weight": "model.norm.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}
-_EXPERTS = {  # stacks, which have no `.weight` at their names, see stacks.py
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
-}
-_SIZES = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "max_position_embeddings": "context_length",
-}
-_MIXTURE_SIZES = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
-}
 # Scales of YARN's temperature and of its ramp: with these values, they change nothing.
 _PLAIN_YARN = {
     "attn_factor": 1.0,
@@ -81,7 +41,6 @@ _PLAIN_YARN = {
     "yarn_ext_factor": 1.0,
     "yarn_log_multiplier": 0.0,
 }
-_ARCHITECTURES = {"qwen2": DENSE, "qwen2moe": MIXTURE}
 
 
 @dataclass(frozen=True)
@@ -134,13 +93,13 @@ class GGUFFile:
         data.madvise(mmap.MADV_DONTNEED)  # the header's pages are done with
         self._fields = header.fields
         self.architecture = self._field("general.architecture", str)
-        if self.architecture not in _ARCHITECTURES:
-            known = " or ".join(map(repr, _ARCHITECTURES))
+        if self.architecture not in ARCHITECTURES:
+            known = " or ".join(map(repr, ARCHITECTURES))
             raise UserError(
                 f"{path}: a model of architecture {self.architecture!r}, expected {known}"
             )
         self.tensors = {
-            _published_name(name): GGUFTensor(path, data, _as_matrix(name, info))
+            published_name(name): GGUFTensor(path, data, _as_matrix(name, info))
             for name, info in header.tensors.items()
             if name not in _IGNORED
         }
@@ -150,8 +109,8 @@ class GGUFFile:
 
     def config(self) -> ModelConfig:
         """The model's shape, from the metadata; the vocabulary's size is the embedding's."""
-        kind = _ARCHITECTURES[self.architecture]
-        sizes = _SIZES if kind == DENSE else _SIZES | _MIXTURE_SIZES
+        kind = ARCHITECTURES[self.architecture]
+        sizes = SIZES if kind == DENSE else SIZES | MIXTURE_SIZES
         values = {name: self._own(key, int) for name, key in sizes.items()}
         embedding = self.tensors.get(EMBEDDING)
         if embedding is None:
@@ -236,16 +195,6 @@ def _map(path: Path, offset: int = 0, size: int = 0) -> mmap.mmap:
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
-
-
-def _published_name(name: str) -> str:
-    """The published name of one of llama.cpp's; an unknown one stays as it is."""
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if layer and layer[2] in _EXPERTS and layer[3] == "weight":
-        return f"model.layers.{layer[1]}.{_EXPERTS[layer[2]]}"
-    if layer and layer[2] in _LAYER:
-        return f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"
-    return _TOP.get(name, name)
 
 
 def _as_matrix(name: str, info: TensorInfo) -> TensorInfo:

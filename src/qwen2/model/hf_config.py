@@ -11,13 +11,27 @@ from typing import Any, TypeVar
 
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
-from qwen2.model.config import DualChunk, Mixture, ModelConfig, SlidingWindow, Yarn
+from qwen2.model.config import (
+    DualChunk,
+    Mixture,
+    ModelConfig,
+    Quantisation,
+    SlidingWindow,
+    Yarn,
+)
+from qwen2.model.packing import GROUP
 
 DENSE, MIXTURE = "qwen2", "qwen2_moe"
 _ARCHITECTURES = {DENSE: "Qwen2ForCausalLM", MIXTURE: "Qwen2MoeForCausalLM"}
 C = TypeVar("C", bound=Config)
 
-_OURS = {"moe", "yarn", "dual_chunk", "sliding"}  # fields that config.json spells otherwise
+_OURS = {
+    "moe",
+    "yarn",
+    "dual_chunk",
+    "sliding",
+    "quantisation",
+}  # fields that config.json spells otherwise
 
 
 def config_from_hf(values: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -41,6 +55,8 @@ def config_from_hf(values: dict[str, Any], where: str = "config.json") -> ModelC
         known["sliding"] = _sliding(values, where)
     if chunks := values.get("dual_chunk_attention_config"):
         known["dual_chunk"] = _known(DualChunk, chunks, f"{where}: dual_chunk_attention_config")
+    if (quantised := values.get("quantization_config")) is not None:
+        known["quantisation"] = _quantisation(quantised, where)
     config = ModelConfig.parse(known, where)
     if values.get("head_dim") not in (None, config.head_dim):
         raise UserError(
@@ -79,7 +95,32 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
                 "sliding_attention" if config.window(i) else "full_attention" for i in layers
             ],
         }
+    if config.quantisation:
+        values["quantization_config"] = _quantisation_to_hf(config.quantisation)
     return values
+
+
+def _quantisation(values: Any, where: str) -> Quantisation:
+    """Our own methods only: others' weights are laid out otherwise."""
+    for method in ("int8", "int4"):
+        quantisation = Quantisation(method=method)
+        if values == _quantisation_to_hf(quantisation):
+            return quantisation
+    found = values.get("quant_method") if isinstance(values, dict) else values
+    if found in _METHODS.values():
+        raise UserError(f"{where}: quantization_config {values} is not one that is known here")
+    raise UserError(
+        f"{where}: weights quantised by {found!r}, which are not readable here; take the "
+        "checkpoint in bf16, with --quantize int8 or int4, or a GGUF file"
+    )
+
+
+_METHODS = {"int8": "qwen2-int8", "int4": "qwen2-int4"}
+
+
+def _quantisation_to_hf(quantisation: Quantisation) -> dict[str, Any]:
+    values: dict[str, Any] = {"quant_method": _METHODS[quantisation.method]}
+    return values if quantisation.method == "int8" else values | {"group_size": GROUP}
 
 
 def _rope(values: dict[str, Any], where: str) -> dict[str, Any]:

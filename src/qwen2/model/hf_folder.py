@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from qwen2.common.files import durable_folder
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.hf_config import config_from_hf, config_to_hf
+from qwen2.model.quantised_linear import quantised_types
 from qwen2.model.stacks import published
-from qwen2.model.weights import HEAD
+from qwen2.model.weights import tied_names
 
 if TYPE_CHECKING:
     from qwen2.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_INTEGERS = {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights
 
 
 @dataclass(frozen=True)
@@ -113,22 +116,28 @@ def save(
 ) -> None:
     """Write `model` as `write_folder` does; `dtype` None keeps the model's.
 
+    Experts become a matrix each, as published; those of a quantised model stay stacked, for only
+    this package reads them and so they can be mapped.
+
     Raises:
         UserError: the folder exists and `overwrite` is false, or the disk is full.
     """
     chosen = dtype or model.dtype
     own = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del own[HEAD]
-    # Experts become a matrix each, as published: a view, so nothing is copied before its shard.
-    state = dict(pair for name, tensor in own.items() for pair in published(name, tensor))
+    for name in tied_names(model.config, own):
+        del own[name]
+    kept = quantised_types(model)
+    state = own  # of views, so that nothing is copied before its shard
+    if not kept:
+        state = dict(pair for name, tensor in own.items() for pair in published(name, tensor))
     write_folder(
         folder,
         model.config,
         tokenizer,
         {name: tuple(tensor.shape) for name, tensor in state.items()},
-        lambda name: state[name].to("cpu", chosen).contiguous(),
+        lambda name: state[name].to("cpu", kept.get(name, chosen)).contiguous(),
         chosen,
+        kept=kept,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
@@ -142,15 +151,16 @@ def write_folder(
     tensor: Callable[[str], Tensor],
     dtype: torch.dtype,
     *,
+    kept: Mapping[str, torch.dtype] = MappingProxyType({}),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     notes: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write `folder` in the Hugging Face layout, with tokenizer and manifest, or nothing.
 
-    `tensor` is asked for each name of `shapes` once, in their order, and answers in `dtype` on the
-    CPU. One shard at a time is in memory, of `max_shard_bytes` at most, unless a single tensor is
-    larger. `notes` are further JSON files by name.
+    `tensor` is asked for each name of `shapes` once, in their order, and answers in `dtype`, or in
+    the type that `kept` gives, on the CPU. One shard at a time is in memory, of `max_shard_bytes`
+    at most, unless a single tensor is larger. `notes` are further JSON files by name.
 
     Raises:
         UserError: the folder exists and `overwrite` is false, or the disk is full.
@@ -163,7 +173,10 @@ def write_folder(
     }
     if not own:
         config = config.model_copy(update={"eos_token_id": tokenizer.eos_id})
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {
+        name: torch.Size(shape).numel() * kept.get(name, dtype).itemsize
+        for name, shape in shapes.items()
+    }
     with durable_folder(folder, overwrite=overwrite) as partial, plain_io_errors():
         _write_json(partial / "config.json", config_to_hf(config, number_type))
         _write_json(partial / "generation_config.json", generation)
@@ -249,7 +262,7 @@ def _tensors_of(path: Path) -> dict[str, SafeTensor]:
         file: Any = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118 - not a dict
             part = file.get_slice(name)
-            dtype = _DTYPES.get(part.get_dtype())
+            dtype = (_DTYPES | _INTEGERS).get(part.get_dtype())
             if dtype is None:
                 raise UserError(
                     f"{path}: tensor {name!r} has type {part.get_dtype()}; "

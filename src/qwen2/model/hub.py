@@ -21,9 +21,10 @@ from qwen2.model.extend import DEFAULT, extend_context
 from qwen2.model.gguf_file import GGUFFile
 from qwen2.model.hf_folder import save
 from qwen2.model.stored import StoredTensor
-from qwen2.model.weights import EMBEDDING, build
+from qwen2.model.weights import NORM, build
 
 if TYPE_CHECKING:
+    from qwen2.model.calibrate import Calibration
     from qwen2.tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "load", "load_config", "load_model", "locate", "open_checkpoint", "save"]
@@ -59,10 +60,29 @@ class Checkpoint:
         """The number type called `name`; its own for `auto`."""
         return self.dtype if name == "auto" else parse_dtype(name)
 
-    def model(self, dtype: str, device: str, config: ModelConfig | None = None) -> Qwen2:
-        """The module with its parameters, by its own configuration or `config`; see `load`."""
-        chosen = self.choose_dtype(dtype)
-        return build(config or self.config, self.tensors, self.path, chosen, pick_device(device))
+    def model(
+        self,
+        dtype: str,
+        device: str,
+        config: ModelConfig | None = None,
+        *,
+        quantize: str | None = None,
+        calibration: Calibration | None = None,
+        joined: bool = False,
+    ) -> Qwen2:
+        """The module with its parameters, by its own configuration or `config`; see `load`.
+
+        `calibration` is for int4, see calibrate.py.
+        """
+        chosen, place = self.choose_dtype(dtype), pick_device(device)
+        config = config or self.config
+        if quantize is None or (config.quantisation and quantize == config.quantisation.method):
+            return build(config, self.tensors, self.path, chosen, place, joined)
+        from qwen2.model.quantise import build_quantised
+
+        return build_quantised(
+            config, self.tensors, self.path, chosen, place, quantize, calibration
+        )
 
 
 def load(
@@ -72,6 +92,8 @@ def load(
     device: str = "auto",
     context: int | None = None,
     extend: str = DEFAULT,
+    quantize: str | None = None,
+    inference: bool = False,
 ) -> tuple[Qwen2, Tokenizer]:
     """The model and tokenizer of `name`: a folder in HF layout, a .gguf file or a hub name.
 
@@ -79,6 +101,10 @@ def load(
     the published type, for GGUF. Parameters already in that type stay mapped from the file, copy
     on write. `context` makes the model ready for so many tokens; beyond the length that it was
     trained on `extend` says by what (see extend.py).
+
+    `quantize` is int8 or int4, for inference (see quantise.py): weights are rounded while they are
+    read. `inference` lays weights of one product end to end at once, as `fuse_projections` does
+    later, but without a second copy in the pages of the mapping.
 
     Raises:
         UserError: nothing of that name, or a checkpoint that is broken or not of this model.
@@ -89,13 +115,20 @@ def load(
         config = checkpoint.config
         if context is not None:
             config = extend_context(config, context, extend)
-        model = checkpoint.model(dtype, device, config)
+        model = checkpoint.model(dtype, device, config, quantize=quantize, joined=inference)
         return model, reading.result()
 
 
-def load_model(name: str | Path, *, dtype: str = "auto", device: str = "auto") -> Qwen2:
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str | None = None,
+    inference: bool = False,
+) -> Qwen2:
     """The model alone; see `load`."""
-    return open_checkpoint(name).model(dtype, device)
+    return open_checkpoint(name).model(dtype, device, quantize=quantize, joined=inference)
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
@@ -103,7 +136,8 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     path = locate(name)
     if path.is_dir():
         config, tensors = hf_folder.read_config(path), hf_folder.stored_tensors(path)
-        dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.bfloat16
+        # Not the embedding's: that may be quantised.
+        dtype = tensors[NORM].dtype if NORM in tensors else torch.bfloat16
         return Checkpoint(path, config, tensors, dtype, lambda: _tokenizer_of(path))
     file = GGUFFile(path)
     return Checkpoint(path, file.config(), file.tensors, torch.bfloat16, file.tokenizer)

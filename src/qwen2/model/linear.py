@@ -1,33 +1,59 @@
-"""Linear layers: the one place where the kernel of a matrix product is chosen."""
+"""Linear layers, and several of them over the same input as one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen2.model import kernels
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, in) times weight (out, in), plus bias -> (N, out).
 
-    One row of a decode step on the CPU is bound by reading the weight, and torch's matrix-vector
-    product reads it 1.3 to 1.4 times faster than its matrix product does.
+    One row of a decode step on the CPU is bound by reading the weight: see kernels.py.
     """
     if x.shape[0] != 1 or x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    if bias is None:
-        return torch.mv(weight, x[0])[None]
-    return torch.addmv(bias, weight, x[0])[None]
+    return kernels.TABLE["bf16 row"](x, weight, bias)
 
 
 class Linear(nn.Linear):
     """`nn.Linear` through `linear`."""
 
+    product = staticmethod(linear)
+
+    def parts(self) -> dict[str, Tensor | None]:
+        """What the product takes beside its input; each has a row for each output."""
+        return {"weight": self.weight, "bias": self.bias}
+
     def forward(self, x: Tensor) -> Tensor:
         """x (N, in) -> (N, out)."""
         return linear(x, self.weight, self.bias)
+
+
+class LinearLayer(Protocol):
+    """What `Projections` joins: `Linear`, or `QuantisedLinear`."""
+
+    out_features: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The numbers, (out, ...)."""
+
+    @property
+    def product(self) -> Callable[..., Tensor]:
+        """The function of x (N, in) and `parts`."""
+
+    def parts(self) -> dict[str, Tensor | None]:
+        """What the product takes beside its input; each has a row for each output."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, in) -> (N, out)."""
 
 
 class Projections:
@@ -38,28 +64,34 @@ class Projections:
     is noticed, for then it lies elsewhere.
     """
 
-    def __init__(self, *layers: Linear) -> None:
-        self.layers: Sequence[Linear] = layers
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+    def __init__(self, *layers: LinearLayer) -> None:
+        self.layers: Sequence[LinearLayer] = layers
+        self.joint: tuple[Tensor | None, ...] = ()  # the layers' parts, end to end
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """x (N, in) -> (N, out) of each layer."""
-        if torch.is_grad_enabled() or not self.fused:
+        joint = self.together(x)
+        if joint is None:
             return [layer(x) for layer in self.layers]
-        assert self.weight is not None
-        joint = linear(x, self.weight, self.bias)
         return joint.split_with_sizes([layer.out_features for layer in self.layers], dim=-1)
+
+    def together(self, x: Tensor) -> Tensor | None:
+        """x (N, in) -> the outputs of all layers side by side; None, where that cannot be."""
+        if torch.is_grad_enabled() or not self.fused:
+            return None
+        return self.layers[0].product(x, *self.joint)
 
     @property
     def fused(self) -> bool:
         """Whether the layers' weights lie where `fuse` has put them."""
-        if self.weight is None:
+        if not self.joint:
             return False
+        weight = self.joint[0]
+        assert weight is not None
         places = [layer.weight.data_ptr() for layer in self.layers]
         rows = [0, *(layer.out_features for layer in self.layers[:-1])]
-        step = self.weight.stride(0) * self.weight.element_size()
-        place = self.weight.data_ptr()
+        step = weight.stride(0) * weight.element_size()
+        place = weight.data_ptr()
         for row, actual in zip(rows, places, strict=True):
             place += row * step
             if actual != place:
@@ -71,9 +103,12 @@ class Projections:
         """Lay the weights end to end, unless they lie so; the layers' parameters become views."""
         if self.fused:
             return
-        self.weight = _join([layer.weight for layer in self.layers])
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        self.bias = _join(biases) if biases else None
+        self.joint = tuple(_join(group) if group else None for group in self.groups())
+
+    def groups(self) -> list[list[Tensor]]:
+        """Parameters that `fuse` lays end to end: a group for each of the layers' parts."""
+        parts = zip(*(layer.parts().values() for layer in self.layers), strict=True)
+        return [[p for p in part if p is not None] for part in parts]
 
 
 def end_to_end(

@@ -22,6 +22,7 @@ from qwen2.model.config import Mixture, ModelConfig
 from qwen2.model.experts import grouped_experts
 from qwen2.model.linear import Linear
 from qwen2.model.mlp import MLP
+from qwen2.model.quantised_linear import QuantisedExperts
 
 
 class Experts(nn.Module):
@@ -46,12 +47,18 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.moe is not None
-        self.config, C = config.moe, config.hidden_size
+        self.config, C, bits = config.moe, config.hidden_size, config.quantisation
         self.gate = Linear(C, self.config.num_experts, bias=False)
-        self.experts = Experts(self.config, C, config.initializer_range)
+        self.experts: Experts | QuantisedExperts
+        if bits is None:
+            self.experts = Experts(self.config, C, config.initializer_range)
+        else:
+            self.experts = QuantisedExperts(
+                self.config.num_experts, C, self.config.moe_intermediate_size, bits
+            )
         self.shared_expert: MLP | None = None
         if width := self.config.shared_expert_intermediate_size:
-            self.shared_expert = MLP(C, width)
+            self.shared_expert = MLP(C, width, bits)
             self.shared_expert_gate = Linear(C, 1, bias=False)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:

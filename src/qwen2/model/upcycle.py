@@ -326,6 +326,8 @@ def upcycle(
         raise UserError(
             f"{source}: has {dense.config.moe.num_experts} experts already; give a dense model"
         )
+    if dense.config.quantisation:
+        raise UserError(f"{source}: its weights are quantised; give the original")
     tensors = UpcycledTensors(dense, options, dense.choose_dtype(dtype))
     layers = dense.config.num_hidden_layers
     with Progress("upcycle", layers) as progress:

@@ -25,10 +25,13 @@ from qwen2.common.runtime import in_threads
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.linear import end_to_end
+from qwen2.model.quantised_linear import quantised_types
 from qwen2.model.stacks import Joined, Piece, layout_of, pieces_of
 from qwen2.model.stored import StoredTensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NORM = "model.norm.weight"
+_EMBEDDING_PART, _HEAD_PART = "model.embed_tokens.", "lm_head."
 
 PLAIN_BLOCK, QUANTISED_BLOCK = 1 << 20, 1 << 19
 """Elements converted at a time: opening a file and calls cost little beside them, and what
@@ -44,16 +47,27 @@ def build(
     where: Path,
     dtype: torch.dtype,
     device: torch.device,
+    joined: bool = False,
 ) -> Qwen2:
     """The module of `config` with its parameters read from `stored`, in `dtype` on `device`.
+
+    Weights that inference computes as one product lie end to end if they are converted, or in any
+    case with `joined`: mapped ones would be copied later, and stay in memory a second time.
 
     Raises:
         UserError: a tensor is missing, unknown or of a wrong shape, or a tied head differs.
     """
     model, sources = checked(config, stored, where)
-    state = _read_all(sources, list(model.fusible()), dtype, device)
-    if config.tie_word_embeddings:
-        state[HEAD] = state[EMBEDDING]
+    kept = quantised_types(model)
+    types = {name: kept.get(name, dtype) for name in sources}
+    state = _read_all(sources, list(model.fusible()), types, device, joined)
+    return assemble(model, state)
+
+
+def assemble(model: Qwen2, state: dict[str, Tensor]) -> Qwen2:
+    """`model`, from the meta device, with the parameters of `state`; a tied head is not in it."""
+    for name in tied_names(model.config, model.state_dict()):
+        state[name] = state[name.replace(_HEAD_PART, _EMBEDDING_PART)]
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model
@@ -72,8 +86,10 @@ def checked(
     stored = {n: tensor for n, tensor in stored.items() if not _is_ignored(n, config)}
     model = _meta_module(config, stored, where)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings and HEAD not in stored:
-        del shapes[HEAD]
+    tied = tied_names(config, shapes)
+    for name in tied:
+        if name not in stored:
+            del shapes[name]
     layout = layout_of(stored)
     pieces = {name: pieces_of(name, shape, layout) for name, shape in shapes.items()}
     expected = {piece.name: piece.shape for parts in pieces.values() for piece in parts}
@@ -84,10 +100,17 @@ def checked(
                 f"{where}: tensor {name!r} has shape {list(stored[name].shape)}, the configuration "
                 f"asks for {list(shape)}"
             )
-    if config.tie_word_embeddings:
-        _check_tied(stored, where)
-        shapes.pop(HEAD, None)
+    _check_types(expected, quantised_types(model), stored, where)
+    for name in tied:
+        if name in stored:
+            _check_tied(stored, name, where)
+            del shapes[name]
     return model, {name: _source(shape, pieces[name], stored) for name, shape in shapes.items()}
+
+
+def tied_names(config: ModelConfig, names: Collection[str]) -> list[str]:
+    """Those of `names` that are the head's, if it is the embedding."""
+    return [n for n in names if config.tie_word_embeddings and n.startswith(_HEAD_PART)]
 
 
 def read(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
@@ -112,22 +135,25 @@ def _is_ignored(name: str, config: ModelConfig) -> bool:
 def _read_all(
     stored: Mapping[str, StoredTensor],
     groups: Sequence[Sequence[str]],
-    dtype: torch.dtype,
+    types: Mapping[str, torch.dtype],
     device: torch.device,
+    joined: bool,
 ) -> dict[str, Tensor]:
-    """The tensors in `dtype` on `device`; on the CPU and in their own type they stay mapped.
+    """The tensors in `types` on `device`; on the CPU and in their own type they stay mapped.
 
-    Those that are converted lie end to end where `groups` says so.
+    Those that are converted lie end to end where `groups` says so; all of `groups` if `joined`.
     """
-    converted = {name for name in stored if stored[name].dtype != dtype}
-    groups = [group for group in groups if converted.issuperset(group)]
-    alone = converted.difference(*groups)
-    state = {name: stored[name].mapped().to(device) for name in stored if name not in converted}
+    copied = {name for name in stored if stored[name].dtype != types[name]}
+    if joined:
+        copied = copied.union(*groups)
+    groups = [group for group in groups if copied.issuperset(group)]
+    alone = copied.difference(*groups)
+    state = {name: stored[name].mapped().to(device) for name in stored if name not in copied}
     for group in [*groups, *([name] for name in stored if name in alone)]:
         shapes = [torch.Size(stored[name].shape) for name in group]
-        state.update(zip(group, end_to_end(shapes, dtype, device), strict=True))
+        state.update(zip(group, end_to_end(shapes, types[group[0]], device), strict=True))
     # All memory that stays has been taken: what conversion takes and returns leaves no holes in it.
-    _fill([(stored[name], state[name]) for name in stored if name in converted])
+    _fill([(stored[name], state[name]) for name in stored if name in copied])
     return state
 
 
@@ -135,11 +161,11 @@ def _fill(pairs: Sequence[tuple[StoredTensor, Tensor]]) -> None:
     """Read each stored tensor into the one beside it, in blocks of rows."""
     in_threads(
         lambda stored, out, start, rows: stored.read_rows(start, _rows(out, start, rows)),
-        [(*pair, *block) for pair in pairs for block in _row_blocks(pair[0])],
+        [(*pair, *block) for pair in pairs for block in row_blocks(pair[0])],
     )
 
 
-def _row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
+def row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
     """(start, rows) of consecutive blocks; a vector is one."""
     *outer, width = stored.shape
     if not outer:
@@ -202,17 +228,32 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _check_tied(stored: Mapping[str, StoredTensor], where: Path) -> None:
+def _check_types(
+    expected: Collection[str],
+    quantised: Mapping[str, torch.dtype],
+    stored: Mapping[str, StoredTensor],
+    where: Path,
+) -> None:
+    """Parts of quantised weights have one type each; all other tensors are not of integers."""
+    for name in expected:
+        found, wanted = stored[name].dtype, quantised.get(name)
+        if found != wanted if wanted else found in (torch.int8, torch.uint8):
+            raise UserError(
+                f"{where}: tensor {name!r} is of type {found}, expected "
+                f"{wanted or 'numbers that are not quantised'}"
+            )
+
+
+def _check_tied(stored: Mapping[str, StoredTensor], name: str, where: Path) -> None:
     """Some files of tied models carry the head as well: it must be the embedding."""
-    if HEAD not in stored:
-        return
-    embedding, head = stored[EMBEDDING], stored[HEAD]
-    for start, rows in _row_blocks(embedding):
+    part = name.replace(_HEAD_PART, _EMBEDDING_PART)
+    embedding, head = stored[part], stored[name]
+    for start, rows in row_blocks(embedding):
         one, other = torch.empty(2, rows, *embedding.shape[1:])
         embedding.read_rows(start, one)
         head.read_rows(start, other)
         if not torch.equal(one, other):
             raise UserError(
-                f"{where}: tie_word_embeddings is true, but {HEAD!r} differs from {EMBEDDING!r}; "
+                f"{where}: tie_word_embeddings is true, but {name!r} differs from {part!r}; "
                 "set it to false or remove one of them"
             )

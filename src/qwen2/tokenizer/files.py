@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qwen2.tokenizer.tokenizer import Tokenizer
 
 # GGUF's token types.
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 _PRE_TOKENIZER = {
     "type": "Sequence",
@@ -137,6 +137,21 @@ def read_gguf_fields(
             t for id_, t in text_of.items() if token_types[id_] == _USER_DEFINED
         ),
     }
+
+
+def gguf_fields(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int], list[str]]:
+    """GGUF's tokens, token types and merges; ids without a token, up to `size`, are unused.
+
+    Raises:
+        UserError: a token is not made by merges.
+    """
+    tokens, types = [f"[PAD{id_}]" for id_ in range(size)], [_UNUSED] * size
+    for spelled, id_ in tokenizer.ranks.items():
+        tokens[id_], types[id_] = spell(spelled), _NORMAL
+    for token, id_ in tokenizer.special_tokens.items():
+        tokens[id_] = token
+        types[id_] = _USER_DEFINED if token in tokenizer.user_defined else _CONTROL
+    return tokens, types, [f"{spell(left)} {spell(right)}" for left, right in tokenizer.merges]
 
 
 def write_folder(tokenizer: Tokenizer, folder: Path) -> None:

@@ -147,7 +147,13 @@ def run_stage(
 
 
 def make_trainee(model: Qwen2, recipe: StageRecipe) -> Trainee:
-    """`model`, which is turned into the recipe's dtype in place, with a fresh optimizer."""
+    """`model`, which is turned into the recipe's dtype in place, with a fresh optimizer.
+
+    Raises:
+        UserError: its weights are quantised.
+    """
+    if model.config.quantisation:
+        raise UserError("init: its weights are quantised, for inference alone; give the original")
     weights = MasterWeights(model, parse_dtype(recipe.dtype))
     return Trainee(model, weights, recipe.optimizer.build(weights.masters))
 
