@@ -171,6 +171,22 @@ def model(random_model: Callable[..., Qwen2]) -> Qwen2:
     return model.bfloat16().eval()
 
 
+def test_a_pass_by_several_threads_is_that_of_one(library: None, model: Qwen2) -> None:
+    """More products than one thread is given alone."""
+    ids = [i % 300 for i in range(32)]
+    outs = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            step = stepper(model)
+            outs.append(step(ids, list(range(32)), [32], [[3, 1]], list(range(32))))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
 def stepper(model: Qwen2, tokens: int = 512) -> DecodeStep:
     return DecodeStep(model, KVStore(model.config, tokens, BF16, CPU), 16)
 
