@@ -62,14 +62,15 @@ def default_kv_tokens(model: Qwen2, max_running: int) -> int:
     """Room for one sequence of the model's context, or for `max_running` of 2,048 tokens.
 
     The larger of the two; but the first within half of the memory that is free, and what the
-    second wants beyond it within a quarter. On the CPU none of it is taken before it is used.
+    second wants beyond it within a quarter; at least one sequence of 2,048 tokens in any case. On
+    the CPU none of it is taken before it is used.
     """
     config = model.config
     layers, row = config.num_hidden_layers, config.kv_size
     free = free_memory(model.device) // (2 * layers * row * model.dtype.itemsize)  # tokens
     context = config.context_length
-    many = min(max_running * min(TYPICAL, context), free // 4)
-    return max(1, min(context, free // 2), many)
+    typical = min(TYPICAL, context)
+    return max(typical, min(context, free // 2), min(max_running * typical, free // 4))
 
 
 def stop_ids(model: Qwen2, tokenizer: Tokenizer) -> frozenset[int]:
