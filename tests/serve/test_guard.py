@@ -284,8 +284,12 @@ def test_bodies_together_have_a_bound(serve: Any) -> None:
 
 def test_a_full_queue_is_a_429(serve: Any) -> None:
     with serve(engine={"max_running": 1, "max_queue": 2}) as served:
-        body = {"prompt": "x", "n": 4, "max_tokens": 5, "stream": True}
-        response = served.client.post("/v1/completions", json=body)
+        body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+        with raw.connect(served.url) as connection:  # keeps the only place meanwhile
+            connection.sendall(raw.request("/v1/completions", "POST", body=body))
+            while not served.engine.stats.running:
+                time.sleep(0.01)
+            response = served.client.post("/v1/completions", json={**body, "n": 4, "stream": True})
         assert response.status_code == 429
         assert response.headers["retry-after"] == "1"
         assert response.json()["error"]["code"] == "queue_full"
