@@ -76,6 +76,23 @@ def test_generate_as_chat_and_from_an_empty_prompt(folder: Path) -> None:
     assert generated(folder, "-p", "", "-n", 1)["prompt_token_ids"] == [256]
 
 
+def test_generate_guesses_ahead(folder: Path, tmp_path: Path) -> None:
+    prompt = "-p", "abc abc abc", "-n", 12
+    expected = generated(folder, *prompt)
+    assert generated(folder, *prompt, "--speculate", 4) == expected
+    assert generated(folder, *prompt, "--speculate", 4, "--draft", folder) == expected
+    done = qwen2("generate", folder, *prompt, "--draft", folder)
+    assert done.returncode == 2
+    assert "a draft model needs speculate" in done.stderr
+    model, _ = load(folder)
+    ranks = {bytes([255 - value]): value for value in range(256)}
+    other = Tokenizer.from_ranks(ranks, dict(BYTES.special_tokens))
+    save(model, other, tmp_path / "other")
+    done = qwen2("generate", folder, *prompt, "--speculate", 4, "--draft", tmp_path / "other")
+    assert done.returncode == 2
+    assert "its tokenizer is another" in done.stderr
+
+
 def test_generate_streams_text(folder: Path) -> None:
     done = qwen2("generate", folder, "-p", "-", "-n", 8, stdin="some input")
     assert done.returncode == 0

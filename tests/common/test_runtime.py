@@ -1,11 +1,13 @@
-"""Threads that each compute alone."""
+"""Threads that each compute alone; memory that is free."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-from qwen2.common.runtime import in_threads
+from qwen2.common.runtime import free_memory, in_threads
 
 
 def test_every_item_is_done_once_by_threads_of_one() -> None:
@@ -39,3 +41,8 @@ def test_modes_of_the_caller_hold_and_errors_arrive() -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda x: 1 / x, [(0,)])
     assert torch.get_num_threads() == before
+
+
+def test_free_memory_is_some_of_the_machine() -> None:
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_memory(torch.device("cpu")) < machine

@@ -40,7 +40,7 @@ def test_greedy_ids_with_the_cache(real_checkpoint: Path, dtype: str) -> None:
 def test_greedy_ids_whatever_shares_the_batch(real_checkpoint: Path) -> None:
     """Small pieces of prompts, others beside, and a cache so small that some are preempted."""
     model, tokenizer = qwen2.load(real_checkpoint, dtype="fp32")
-    config = EngineConfig(max_batch_tokens=13, max_running=4, kv_tokens=100)
+    config = EngineConfig(max_batch_tokens=13, max_running=4, block_size=4, kv_tokens=64)
     engine = Engine(model, tokenizer, config)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids, _ = ChatTemplate().encode(tokenizer, messages, add_generation_prompt=True)

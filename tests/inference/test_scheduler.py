@@ -186,15 +186,18 @@ def test_without_a_prefix_cache_nothing_is_found() -> None:
 
 def test_the_default_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 layers of 2 heads of 16 in fp32, keys and values: 512 bytes a token."""
-    for free, running, tokens in (
-        (10**9, 1, 128),  # the context of 128
-        (10**9, 64, 64 * 128),
-        (512 * 4 * 300, 64, 300),  # a quarter of what is free
-        (512 * 4 * 30, 64, 60),  # half of it, for one sequence
-        (0, 1, 1),
+    long = build(max_position_embeddings=10_000)
+    for model, free, running, tokens in (
+        (MODEL, 10**9, 1, 128),  # the context of 128
+        (MODEL, 10**9, 64, 64 * 128),
+        (long, 10**9, 1, 10_000),
+        (long, 10**9, 64, 64 * 2048),
+        (long, 512 * 10_000 * 6, 64, 15_000),  # a quarter of what is free
+        (long, 512 * 10_000, 64, 5000),  # half of it, for one sequence
+        (long, 0, 64, 2048),
     ):
         monkeypatch.setattr("qwen2.inference.config.free_memory", lambda _, free=free: free)
-        assert default_kv_tokens(MODEL, running) == tokens
+        assert default_kv_tokens(model, running) == tokens
 
 
 @pytest.mark.parametrize(

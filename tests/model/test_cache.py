@@ -42,10 +42,6 @@ def build(
     return model.to(dtype)
 
 
-def biases(model: Qwen2) -> list[torch.Tensor]:
-    return [layer.self_attn.k_proj.bias for layer in model.model.layers]
-
-
 @torch.inference_mode()
 def logits(model: Qwen2, store: KVStore, pieces: tuple[int, ...]) -> torch.Tensor:
     """Of all tokens, passed through in pieces, by the module's own pass."""
@@ -70,16 +66,16 @@ def test_int8_keys_survive_their_bias(
     model = build(random_model, torch.float32, dual_chunk)
     arguments = (model.config, 160, torch.float32, CPU)
     exact = logits(model, KVStore(*arguments), (90,))
-    quantised = logits(model, KVStore(*arguments, biases(model)), (90,))
+    quantised = logits(model, KVStore(*arguments, model.key_biases()), (90,))
     # Were the bias quantised with the rest, as if there were none to take off:
-    naive = logits(model, KVStore(*arguments, [0 * b for b in biases(model)]), (90,))
+    naive = logits(model, KVStore(*arguments, [0 * b for b in model.key_biases()]), (90,))
     assert error(exact, quantised) < 0.03
     assert error(exact, naive) > 8 * error(exact, quantised)
 
 
 def test_int8_in_pieces_is_int8_at_once(random_model: Callable[..., Qwen2]) -> None:
     model = build(random_model, torch.float32)
-    arguments = (model.config, 160, torch.float32, CPU, biases(model))
+    arguments = (model.config, 160, torch.float32, CPU, model.key_biases())
     once = logits(model, KVStore(*arguments), (90,))
     pieces = logits(model, KVStore(*arguments), (50, 1, 1, 38))
     torch.testing.assert_close(pieces, once, rtol=1e-3, atol=1e-3)
@@ -89,7 +85,9 @@ def test_the_native_kernels_read_the_same_store(random_model: Callable[..., Qwen
     model = build(random_model, torch.bfloat16)
     if reason := can_step(model.config, torch.bfloat16, CPU):
         pytest.skip(f"native step: {reason}")
-    stores = [KVStore(model.config, 160, torch.bfloat16, CPU, b) for b in (biases(model), None)]
+    stores = [
+        KVStore(model.config, 160, torch.bfloat16, CPU, b) for b in (model.key_biases(), None)
+    ]
     out = []
     for store in stores:
         module = logits(model, store, (80, *[1] * 10))[80:]
@@ -105,7 +103,7 @@ def test_native_attention_reads_int8(random_model: Callable[..., Qwen2], new: in
     if not native.is_fast():
         pytest.skip(f"native attention: {native.why_not()}")
     model = build(random_model, torch.bfloat16)
-    store = KVStore(model.config, 160, torch.bfloat16, CPU, biases(model))
+    store = KVStore(model.config, 160, torch.bfloat16, CPU, model.key_biases())
     logits(model, store, (90,))
     angles = model.model.rope.table(torch.arange(90), torch.float32)
     kept = store.layer(1, angles)
@@ -129,5 +127,5 @@ def test_int8_takes_half_the_memory(random_model: Callable[..., Qwen2]) -> None:
         return sum(t.nbytes for t in tensors)
 
     plain = KVStore(model.config, 160, torch.bfloat16, CPU)
-    quantised = KVStore(model.config, 160, torch.bfloat16, CPU, biases(model))
+    quantised = KVStore(model.config, 160, torch.bfloat16, CPU, model.key_biases())
     assert size(quantised) / size(plain) == (32 + 4) / 64  # of a head: 32 bytes and a scale

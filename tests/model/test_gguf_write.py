@@ -298,18 +298,17 @@ PROMPT = "The quick brown fox jumps over the lazy dog. The quick brown fox"
 @pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0", "Q4_1"])
 def test_llama_cpp_says_the_same(real_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     """Greedy text of both, where `LLAMA_SERVER` names llama.cpp's server."""
-    from qwen2.inference import SamplingParams, Sequence, stream
+    from qwen2.inference import Engine, SamplingParams
 
     if not os.environ.get(SERVER):
         pytest.skip(f"{SERVER} is not set: it names llama.cpp's llama-server")
     path = tmp_path / "model.gguf"
     write_gguf(path, open_checkpoint(real_checkpoint), kind)
     model, tokenizer = load(path, dtype="bf16" if kind == "BF16" else "fp32")
-    sequence = Sequence(model, tokenizer, tokenizer.encode(PROMPT), SamplingParams(max_tokens=32))
-    ours = "".join(stream(model, sequence))
+    (completion,) = Engine(model, tokenizer).generate([PROMPT], SamplingParams(max_tokens=32))
     with llama_server(path) as address:
         theirs = complete(address, PROMPT, 32)
-    assert theirs == ours
+    assert theirs == completion.text
 
 
 @contextmanager

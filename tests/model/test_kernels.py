@@ -26,8 +26,8 @@ def test_every_kernel_gives_the_same(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     operands = operation.operands()
     for x in operands:
-        for tensor in [x] if isinstance(x, torch.Tensor) else x or []:
-            if tensor is not None and tensor.is_floating_point():
+        for tensor in x if isinstance(x, tuple) else [x]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 tensor.normal_(0, 0.5, generator=generator)
     results = []
     for kernel in operation.usable():  # some write over their first operand

@@ -9,7 +9,7 @@ import ctypes
 import itertools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2.model import kernels, native
+from qwen2.model import native
 from qwen2.model.attention import causal_attention
 from qwen2.model.cache import KVStore, LayerKV
 from qwen2.model.config import DualChunk, ModelConfig, Yarn
 from qwen2.model.decode_step import DecodeStep, can_step
 from qwen2.model.decoder import Qwen2
-from qwen2.model.quantise import quantise_model
 from qwen2.model.packing import dequantise_int4, quantise_rows, round_int4
+from qwen2.model.quantise import quantise_model
 from qwen2.model.quantised_linear import int4_linear, int8_linear
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -47,7 +47,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(params=["compiled", "plain"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test runs with the kernels of this installation and with the plain ones."""
     if request.param == "plain":
         found = request.getfixturevalue("plain")
@@ -55,7 +55,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(native, "_library", lambda: found)
     elif reason := native.why_not():
         pytest.skip(f"native kernels: {reason}")
-    yield
 
 
 FORMATS = {
@@ -126,8 +125,8 @@ def test_dequantised_int4(library: None, generator: torch.Generator) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(
-    length=st.integers(1, 200), new=st.integers(1, 200),
-    sizes=st.sampled_from([(2, 1, 32), (6, 2, 64), (4, 4, 128), (7, 1, 96)]), seed=st.integers(0, 9),
+    length=st.integers(1, 200), new=st.integers(1, 200), seed=st.integers(0, 9),
+    sizes=st.sampled_from([(2, 1, 32), (6, 2, 64), (4, 4, 128), (7, 1, 96)]),
 )  # fmt: skip
 def test_attention_over_slots(
     length: int, new: int, sizes: tuple[int, int, int], seed: int
@@ -170,6 +169,22 @@ def model(random_model: Callable[..., Qwen2]) -> Qwen2:
         for parameter in model.parameters():
             parameter.mul_(0.5)
     return model.bfloat16().eval()
+
+
+def test_a_pass_by_several_threads_is_that_of_one(library: None, model: Qwen2) -> None:
+    """More products than one thread is given alone."""
+    ids = [i % 300 for i in range(32)]
+    outs = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            step = stepper(model)
+            outs.append(step(ids, list(range(32)), [32], [[3, 1]], list(range(32))))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
 
 
 def stepper(model: Qwen2, tokens: int = 512) -> DecodeStep:
@@ -254,3 +269,14 @@ def test_kernels_of_another_processor_are_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "_processor_flags", lambda: {"sse2"})
     assert "another processor" in (native.why_not() or "")
     assert not native.is_fast()
+
+
+@pytest.mark.parametrize("method", ["bf16", "int8"])
+def test_logits_of_hidden_states(
+    library: None, model: Qwen2, generator: torch.Generator, method: str
+) -> None:
+    if method != "bf16":
+        model = quantise_model(model, method)
+    hidden = torch.randn(3, 128, generator=generator).bfloat16()
+    expected = model.lm_head(hidden).float()
+    torch.testing.assert_close(stepper(model).logits(hidden), expected, rtol=0.01, atol=0.05)

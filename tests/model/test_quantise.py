@@ -466,3 +466,15 @@ def test_modules_name_their_parts() -> None:
         layer.bias.zero_()
         x = normal(3, 64, seed=1)
         assert torch.equal(layer(x), int4_linear(x, *layer.parts_of("weight"), layer.bias))
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_what_is_computed_as_one_lies_so_from_the_start(
+    method: str, tiny: ModelConfig, random_model: Callable[..., Qwen2]
+) -> None:
+    """Fusing later would copy, and leave holes as large as the weights."""
+    model = quantise_model(random_model(tiny), method)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    model.fuse_projections()
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    assert all(m.fused for m in (layer.mlp.projections for layer in model.model.layers))

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2.common.errors import UserError
+from qwen2.common.templates import MAX_SOURCE
 from qwen2.tokenizer import Tokenizer
-from qwen2.tokenizer.chatml import MAX_SOURCE, ChatTemplate
+from qwen2.tokenizer.chatml import ChatTemplate
 
 Messages = list[dict[str, Any]]
 

@@ -11,6 +11,7 @@ import typer
 from qwen2.cli.options import (
     Context,
     Device,
+    Draft,
     Dtype,
     Extend,
     Json,
@@ -19,11 +20,13 @@ from qwen2.cli.options import (
     Quantize,
     RepetitionPenalty,
     Seed,
+    Speculate,
     Stop,
     Temperature,
     Threads,
     TopK,
     TopP,
+    draft_for,
     load_for,
     sampling_params,
 )
@@ -50,6 +53,8 @@ def generate(
     extend: Extend = "dca+yarn",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    speculate: Speculate = 0,
+    draft: Draft = None,
     device: Device = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -57,7 +62,7 @@ def generate(
     """Complete raw text, or answer it as a chat message (--chat)."""
     from qwen2.common.errors import UserError
     from qwen2.common.runtime import set_threads
-    from qwen2.inference import Engine
+    from qwen2.inference import Engine, EngineConfig
     from qwen2.tokenizer.chatml import ChatTemplate
 
     if system is not None and not chat:
@@ -81,7 +86,10 @@ def generate(
     else:
         # A document begins after the end of another, so an empty prompt is that end.
         ids = tokenizer.encode(text, parse_special=parse_special) or [tokenizer.end_of_text_id]
-    engine = Engine(language_model, tokenizer)
+    engine = Engine(
+        language_model, tokenizer, EngineConfig(speculate=speculate),
+        draft=draft_for(draft, tokenizer, dtype, device, quantize),
+    )  # fmt: skip
     if not as_json:
         for output in engine.stream(ids, params):
             print(output.text, end="", flush=True)

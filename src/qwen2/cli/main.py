@@ -16,6 +16,7 @@ from qwen2.cli import (
     generate,
     quickstart,
     score,
+    serve,
     tokenizer,
     train,
     upcycle,
@@ -52,6 +53,7 @@ def options(
 app.command()(quickstart.quickstart)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(score.score)
 app.command()(convert.convert)
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -36,6 +36,14 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Over 1 avoids what was s
 Seed = Annotated[int | None, typer.Option(help="Draws the same again.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 
+Speculate = Annotated[
+    int,
+    typer.Option(min=0, max=31, help="Tokens to guess at a time from the text so far; 0: none."),
+]
+Draft = Annotated[
+    str | None, typer.Option(help="A smaller model of the same tokenizer that guesses instead.")
+]
+
 
 def sampling_params(**values: Any) -> SamplingParams:
     """The options of sampling, checked; a UserError names the one that cannot be."""
@@ -69,3 +77,22 @@ def load_for(
     if context is not None:
         say(describe_context(loaded[0].config, load_config(model).trained_length))
     return loaded
+
+
+def draft_for(
+    draft: str | None,
+    tokenizer: Tokenizer,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+) -> Qwen2 | None:
+    """The model that guesses for one with this tokenizer, where one is named."""
+    from qwen2.common.errors import UserError
+    from qwen2.model.hub import load
+
+    if draft is None:
+        return None
+    model, own = load(draft, dtype=dtype, device=device, quantize=quantize, inference=True)
+    if own.ranks != tokenizer.ranks:
+        raise UserError(f"{draft}: its tokenizer is another, so it cannot guess for this model")
+    return model

@@ -53,8 +53,9 @@ def set_threads(count: int | None) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on `device`, as far as its system tells; within a container, of
-    what it was given.
+    """Bytes that may still be taken on `device`, as far as its system tells.
+
+    On the CPU, files that are held in memory count as free; in a container with a limit, its own.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -63,15 +64,19 @@ def free_memory(device: torch.device) -> int:
         free = next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = 8 << 30  # a system without /proc: what a laptop has
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = int(stat["active_file"]) + int(stat["inactive_file"])
+        free = min(free, limit - used + files)
     return max(free, 0)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next allocation; without glibc nothing happens.
+def keep_freed_memory(most: int = 2**31 - 1) -> None:
+    """Let glibc keep freed blocks, `most` bytes of them, for the next allocation; without it
+    nothing happens.
 
     It maps every tensor above 32 MiB anew, whose pages the kernel then clears one by one: 8 % of a
     training step on the CPU. Peak memory is the same; the process gives less back in between.
@@ -80,7 +85,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, most)
 
 
 def in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:

@@ -26,14 +26,14 @@ class EngineDead(RuntimeError):  # noqa: N818
 class EngineConfig(Config):
     """How much is computed and held at a time."""
 
-    max_batch_tokens: int = Field(default=2048, ge=1)  # of one pass: bounds its activations
+    max_batch_tokens: int = Field(default=1024, ge=1)  # of one pass: bounds its activations
     max_running: int = Field(default=64, ge=1)
     block_size: int = Field(default=16, ge=1)
     kv_tokens: int | None = Field(default=None, ge=1)  # of all sequences; None: `default_kv_tokens`
     kv_dtype: Literal["auto", "int8"] = "auto"
     prefix_cache: bool = True
     max_queue: int = Field(default=256, ge=1)  # requests that may wait
-    speculate: int = Field(default=0, ge=0)
+    speculate: int = Field(default=0, ge=0, le=31)  # tokens to guess at a time; see speculate.py
 
     @model_validator(mode="after")
     def _everyone_gets_a_token(self) -> Self:
@@ -54,22 +54,23 @@ class EngineStats:
     preemptions: int  # times
     prompt_tokens: int
     generated_tokens: int
-    spec_proposed: int = 0
-    spec_accepted: int = 0
+    spec_proposed: int = 0  # guesses that the model has verified
+    spec_accepted: int = 0  # of them, those that were what it drew
 
 
 def default_kv_tokens(model: Qwen2, max_running: int) -> int:
     """Room for one sequence of the model's context, or for `max_running` of 2,048 tokens.
 
     The larger of the two; but the first within half of the memory that is free, and what the
-    second wants beyond it within a quarter. On the CPU none of it is taken before it is used.
+    second wants beyond it within a quarter; at least one sequence of 2,048 tokens in any case. On
+    the CPU none of it is taken before it is used.
     """
     config = model.config
     layers, row = config.num_hidden_layers, config.kv_size
     free = free_memory(model.device) // (2 * layers * row * model.dtype.itemsize)  # tokens
     context = config.context_length
-    many = min(max_running * min(TYPICAL, context), free // 4)
-    return max(1, min(context, free // 2), many)
+    typical = min(TYPICAL, context)
+    return max(typical, min(context, free // 2), min(max_running * typical, free // 4))
 
 
 def stop_ids(model: Qwen2, tokenizer: Tokenizer) -> frozenset[int]:

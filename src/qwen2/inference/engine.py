@@ -33,17 +33,22 @@ from qwen2.inference.config import (
     stop_ids,
 )
 from qwen2.inference.detokenize import TextStream
+from qwen2.inference.draft import DraftModel
+from qwen2.inference.grammar import Grammars
 from qwen2.inference.logprobs import TokenLogprob, token_logprobs
 from qwen2.inference.request import Completion, FinishReason, Output, Request
 from qwen2.inference.runner import Runner
-from qwen2.inference.sampling import Constraint, Sampler, SamplingParams
+from qwen2.inference.sampling import Constraint, ConstraintError, Sampler, SamplingParams
 from qwen2.inference.scheduler import Part, Schedule, Scheduler
+from qwen2.inference.speculate import LARGE, PromptLookup, Speculator
 from qwen2.model import kernels
 from qwen2.model.cache import KVStore
 from qwen2.model.decoder import Qwen2
 from qwen2.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineConfig", "EngineDead", "EngineStats", "QueueFull"]
+
+KEPT = 1 << 28  # bytes that a pass has freed and the next will want
 
 
 class Engine:
@@ -68,19 +73,16 @@ class Engine:
         if tokenizer is None:
             raise UserError("a model alone has no text: give its tokenizer too")
         self.config = config = config or EngineConfig()
-        if draft is not None or config.speculate:
-            raise UserError("speculate and draft are not built yet; leave them out")
-        keep_freed_memory()
+        keep_freed_memory(KEPT)
         kernels.tune()
         model.fuse_projections()
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary = min(tokenizer.vocab_size, model.config.vocab_size)
         tokens = config.kv_tokens or default_kv_tokens(model, config.max_running)
         blocks = -(-tokens // config.block_size)
-        bias = [layer.self_attn.k_proj.bias for layer in model.model.layers]
         store = KVStore(
             model.config, blocks * config.block_size, model.dtype, model.device,
-            bias if config.kv_dtype == "int8" else None,
+            model.key_biases() if config.kv_dtype == "int8" else None,
         )  # fmt: skip
         self.runner = Runner(model, store, config.block_size)
         self.scheduler = Scheduler(
@@ -89,6 +91,8 @@ class Engine:
         )  # fmt: skip
         self._pool_tokens = store.slots
         self._stop_ids = stop_ids(model, tokenizer)
+        self._grammars = Grammars(tokenizer, self.vocabulary, self._stop_ids)
+        self.speculator = self._speculator(draft)
         self._ids = itertools.count()
         self._generated = 0
 
@@ -109,6 +113,8 @@ class Engine:
         return EngineStats(
             len(s.running), len(s.waiting), s.pool.held / s.pool.size, s.prefix_queries,
             s.prefix_hits, s.preemptions, s.prompt_tokens, self._generated,
+            self.speculator.proposed if self.speculator else 0,
+            self.speculator.accepted if self.speculator else 0,
         )  # fmt: skip
 
     def submit(
@@ -173,11 +179,15 @@ class Engine:
         and may be cancelled.
         """
         try:
+            if self.speculator is not None:
+                self.speculator.propose(self.scheduler.running)
             batch = self.scheduler.schedule()
             if batch.parts:
                 logits = self.runner.run(batch)
                 self.postprocess(batch, logits)
         except BaseException:
+            if self.speculator is not None:
+                self.speculator.forget()
             for request in self.scheduler.recover():
                 self._emit(request, "")
             raise
@@ -283,7 +293,21 @@ class Engine:
         """The grammar of a completion at work."""
         if params.grammar is None:
             return None
-        raise UserError("grammar: this engine has no grammars yet")
+        return self._grammars.constraint(params.grammar, params.ignore_eos)
+
+    def _speculator(self, draft: Qwen2 | None) -> Speculator | None:
+        """Who guesses what comes next, if anybody."""
+        config, proposer = self.config, None
+        if not config.speculate:
+            if draft is not None:
+                raise UserError("a draft model needs speculate: how many tokens it guesses")
+            return None
+        if draft is not None:
+            tokens = min(self._pool_tokens, default_kv_tokens(draft, LARGE))
+            proposer = DraftModel(
+                draft, self.vocabulary, tokens, config.block_size, config.max_batch_tokens
+            )
+        return Speculator(proposer or PromptLookup(), config.speculate, config.max_batch_tokens)
 
     def _score(self, part: Part, logits: Tensor) -> None:
         """Logprobs of the prompt's tokens from logits (scored, V) of those before them."""
@@ -302,26 +326,38 @@ class Engine:
         guesses, request.draft = request.draft[: part.draws - 1], []
         tokens: list[int] = []
         text = ""
+        right = 0
         for row, guess in enumerate([*guesses, None]):
-            if request.params.greedy and request.params.plain:
-                token = best[row]
-            else:
-                token = request.sampler.draw(logits[row, : self.vocabulary])
+            try:
+                token = self._next(request, logits[row], best[row])
+            except ConstraintError as error:
+                request.finish_reason, request.error = "error", f"grammar: {error}"
+                text += request.stream.finish()
+                break
             tokens.append(token)
             text += request.append(token)
+            right += token == guess
             if request.finish_reason is not None or token != guess:
                 break
         # Keys and values of wrong guesses will be written over.
         request.computed -= part.draws - len(tokens)
         self._generated += len(tokens)
+        if self.speculator is not None:
+            self.speculator.learn(request, len(guesses), right)
         logprobs: list[TokenLogprob] = []
-        if request.params.logprobs is not None:
+        if request.params.logprobs is not None and tokens:
             top = request.params.logprobs
             logprobs = token_logprobs(logits[: len(tokens)], tokens, top, self.vocabulary)
             request.logprobs += logprobs
         if request.finish_reason is not None:
             self.scheduler.remove(request)
         self._emit(request, text, tokens, logprobs)
+
+    def _next(self, request: Request, logits: Tensor, best: int) -> int:
+        """A token after logits (V,), of which `best` is the likeliest."""
+        if request.params.greedy and request.params.plain:
+            return best
+        return request.sampler.draw(logits[: self.vocabulary])
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request other than by its last token."""

@@ -102,6 +102,9 @@ class Request:
         text = self.stream.push(token)
         if self.stream.stopped:
             self.finish_reason, self.stop_reason = "stop", self.stream.stopped_by
+        elif self.sampler.complete:
+            self.finish_reason = "stop"
+            text += self.stream.finish()
         elif len(self.output) >= self.room:
             self.finish_reason = "length"
             text += self.stream.finish()

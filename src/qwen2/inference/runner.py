@@ -65,4 +65,6 @@ class Runner:
             return torch.empty((0, model.config.vocab_size))
         if len(batch.rows) < len(batch.tokens):
             hidden = hidden[batch.rows]
+        if self.step is not None and len(hidden) <= FEW:
+            return self.step.logits(hidden)
         return model.lm_head(hidden).float().cpu()

@@ -80,14 +80,22 @@ class SamplingParams(Config):
         return penalties == (0, 0, 0)
 
 
+class ConstraintError(Exception):
+    """A grammar cannot go on: this completion ends with an error, and no other."""
+
+
 class Constraint(Protocol):
-    """A grammar at work in one completion."""
+    """A grammar at work in one completion; see grammar.py."""
 
     def mask(self, logits: Tensor) -> Tensor:
         """logits (V,) with -inf for every token that may not come next; at least one may."""
 
     def accept(self, token: int) -> None:
         """`token` has come."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end may follow."""
 
 
 class Sampler:
@@ -120,6 +128,11 @@ class Sampler:
             self._output = torch.cat([self._output, torch.tensor([token])])
         if self.constraint is not None:
             self.constraint.accept(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether a grammar lets nothing follow."""
+        return self.constraint is not None and self.constraint.complete
 
 
 def adjust(logits: Tensor, prompt: Tensor, output: Tensor, params: SamplingParams) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -74,11 +73,10 @@ class EngineThread:
 
     def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait for those in flight; whether all ended within seconds."""
-        until = time.monotonic() + timeout
         with self._changed:
             self._draining = True
             return self._changed.wait_for(
-                lambda: self._idle or not self._thread.is_alive(), until - time.monotonic()
+                lambda: self._idle or not self._thread.is_alive(), timeout
             )
 
     def stop(self) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from qwen2.model.cache import KVStore
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
-from qwen2.model.native import CHUNK, TILE, Matrix, Store, Weight, call, why_not
+from qwen2.model.native import CHUNK, TILE, Matrix, Store, Weight, call, product, why_not
 
 
 class _Layer(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("input_norm", c_void_p), ("post_norm", c_void_p),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
         ("store", Store),
@@ -30,7 +30,7 @@ class _Layer(Structure):
 
 
 class _Model(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int32) for name in ("layers", "C", "H", "K", "D", "I", "V", "block_size")),
         ("eps", c_float), ("cos", c_void_p), ("sin", c_void_p), ("layer", POINTER(_Layer)),
         ("norm", c_void_p), ("embedding", Matrix), ("head", Matrix),
@@ -38,7 +38,7 @@ class _Model(Structure):
 
 
 class _Batch(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int32) for name in ("n", "sequences", "rows", "table_width")),
         *((n, c_void_p) for n in ("tokens", "positions", "starts", "tables", "wanted", "logits")),
     ]  # fmt: skip
@@ -72,6 +72,7 @@ class DecodeStep:
         self._kept: list[Any] = []
         self._rope, self._positions = model.model.rope, 0
         layers = (_Layer * config.num_hidden_layers)()
+        layer: Any
         for i, (own, layer) in enumerate(zip(layers, model.model.layers, strict=True)):
             attention, mlp = layer.self_attn, layer.mlp
             own.input_norm = self._floats(layer.input_layernorm.weight)
@@ -83,6 +84,7 @@ class DecodeStep:
             own.store = Store.of(store.layer(i))
         self._kept += [layers, store]
         head = self._weight(tuple(model.lm_head.parts().values()))
+        self._head: Weight = self._kept[-1]
         embedding = head
         if not config.tie_word_embeddings:
             embedding = self._weight((*model.model.embed_tokens.parameters(), None))
@@ -121,6 +123,10 @@ class DecodeStep:
         call("step", byref(self._model), byref(batch))
         return logits
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) fp32 of a few final hidden states (n, C)."""
+        return product(hidden.float(), self._head)
+
     def _reach(self, length: int) -> None:
         """Have the angles of positions before `length`."""
         if length <= self._positions:
@@ -137,8 +143,10 @@ class DecodeStep:
 
     def _weight(self, parts: tuple[Tensor | None, ...]) -> Matrix:
         """Of the parts of a layer, or of layers that are joined: weight, its scales, bias."""
-        *weight, bias = parts
-        self._kept.append(Weight(*weight, bias=bias))  # type: ignore[arg-type]
+        weight, *others, bias = parts
+        scale, minimum = [*others, None, None][:2]
+        assert weight is not None
+        self._kept.append(Weight(weight, scale, minimum, bias))
         matrix: Matrix = self._kept[-1].matrix
         return matrix
 

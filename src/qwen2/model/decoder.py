@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen2.model import kernels
 from qwen2.model.attention import AttentionContext, PackedAttention, SelfAttention, scheme_of
 from qwen2.model.cache import KVStore, PagedAttention
 from qwen2.model.config import ModelConfig, Quantisation
@@ -31,6 +32,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C) -> (N, C), in x's dtype."""
+        if kernels.choosable(x):
+            return kernels.TABLE["norm"](x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -134,6 +137,11 @@ class Qwen2(nn.Module):
             if isinstance(module, SelfAttention | MLP):
                 for group in filter(None, module.projections.groups()):
                     yield [names[id(parameter)] for parameter in group]
+
+    def key_biases(self) -> list[Tensor]:
+        """The bias (K D,) of every layer's keys."""
+        attentions = (m for m in self.modules() if isinstance(m, SelfAttention))
+        return [a.k_proj.bias for a in attentions if a.k_proj.bias is not None]
 
     @property
     def device(self) -> torch.device:

@@ -46,6 +46,7 @@ constexpr int TILE = 4;    // rows of a weight, and tokens, that are multiplied 
 constexpr int MOST_D = 256;
 constexpr int KEYS = 64;   // keys whose scores exist at the same time
 constexpr int AHEAD = 4096;  // bytes of a weight that are fetched before they are needed
+constexpr size_t SMALL = 1 << 20;  // products that are not worth a second thread
 constexpr int GROUP = 32;  // values of an int4 weight that share scale and minimum
 constexpr int CHUNK = 64;  // values of an int4 weight whose nibbles lie in 32 bytes
 
@@ -96,12 +97,14 @@ class Pool {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
+      phase_.notify_all();
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++) {
-      if (spins < 4000) PAUSE();
-      else std::this_thread::yield();  // somebody else has the processor of a thread of ours
-    }
+    for (int spins = 0; spins < 4000 && phase_.load(std::memory_order_acquire) == phase; spins++)
+      PAUSE();
+    // Somebody else has the processor of a thread of ours: who sleeps is let in at once when woken.
+    while (phase_.load(std::memory_order_acquire) == phase)
+      phase_.wait(phase, std::memory_order_acquire);
   }
 
  private:
@@ -909,6 +912,7 @@ void step_thread(const Model& model, const Batch& batch, Pool& pool, Pass& pass,
 }
 
 Pool* pool = nullptr;
+Pool alone(1);
 std::vector<Own> own;
 Pass pass;
 
@@ -951,7 +955,10 @@ void step(const Model* model, const Batch* batch) {
   pass.attended.resize(n * model->H * model->D);
   pass.gate.resize(n * model->I);
   pass.up.resize(n * model->I);
-  pool->run([&](int t) { step_thread(*model, *batch, *pool, pass, own[t], t); });
+  // A miniature is computed by one thread in less time than threads need to meet.
+  size_t weights = size_t(model->layers) * model->C * (3 * model->I + 2 * model->C);
+  Pool& crew = weights * n < SMALL ? alone : *pool;
+  crew.run([&](int t) { step_thread(*model, *batch, crew, pass, own[t], t); });
 }
 
 // x (m, k) floats times w, plus bias -> out (m, n).
@@ -1029,6 +1036,38 @@ void scale_products(const int32_t* products, const float* x_scale, const float* 
       if (bias)
         for (int j = 0; j < n; j++) row[j] += bias[j];
       narrow_row(row.data(), n, out + size_t(i) * n);
+    }
+  });
+}
+
+// x (m, C) -> x / sqrt(mean(x²) + eps) * weight (C,)
+void norm(const bf16* x, const bf16* weight, int32_t m, int32_t C, float eps, bf16* out) {
+  pool->run([&](int t) {
+    auto& row = own[t].row;
+    row.resize(std::max(int(row.size()), 2 * C));
+    float* wide = row.data() + C;
+    widen_row(weight, C, wide);
+    for (int i = t; i < m; i += pool->threads()) {
+      widen_row(x + size_t(i) * C, C, row.data());
+      rms_norm(row.data(), wide, C, eps, row.data());
+      narrow_row(row.data(), C, out + size_t(i) * C);
+    }
+  });
+}
+
+// x (m, heads, D), rows `stride` apart, by cos and sin (m, D/2) -> out (m, heads, D)
+void rotate_heads(const bf16* x, int64_t stride, const bf16* cos, const bf16* sin, int32_t m,
+                  int32_t heads, int32_t D, bf16* out) {
+  pool->run([&](int t) {
+    float angles[MOST_D], head[MOST_D], turned[MOST_D];
+    for (int i = t; i < m; i += pool->threads()) {
+      widen_row(cos + size_t(i) * (D / 2), D / 2, angles);
+      widen_row(sin + size_t(i) * (D / 2), D / 2, angles + D / 2);
+      for (int h = 0; h < heads; h++) {
+        widen_row(x + i * stride + h * D, D, head);
+        rotate(head, angles, angles + D / 2, D, turned);
+        narrow_row(turned, D, out + (size_t(i) * heads + h) * D);
+      }
     }
   });
 }

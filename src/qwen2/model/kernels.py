@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import qwen2
 from qwen2.common.files import durable_write
 from qwen2.model import native
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from qwen2.model.cache import LayerKV
 
 ROUNDS = 5
-BLOCK = 256  # rows
+BLOCK = 512  # rows
 
 
 @dataclass
@@ -102,6 +101,22 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory costs a tenth of it
 
 
+def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads of x (N, H, D) by cos and sin (N, 1, D/2); see rope.py."""
+    first, second = x.chunk(2, dim=-1)  # (N, H, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def choosable(x: Tensor) -> bool:
+    """Whether there is a choice of kernels for x: in bf16 on the CPU, without gradients."""
+    cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return cpu and not torch.is_grad_enabled()
+
+
 def _gathered_attention(q: Tensor, kept: LayerKV, place: Tensor | slice) -> Tensor:
     from qwen2.model.attention import causal_attention
 
@@ -142,6 +157,18 @@ TABLE = {
         ),
         frozenset({"native dequantised, bf16"}),
     ),
+    "norm": Operation(
+        "RMS norm of many rows",
+        {"native": native.rms_norm, "PyTorch": _plain_norm},
+        lambda: (_bf16(512, K), _bf16(K), 1e-6),
+        frozenset({"native"}),
+    ),
+    "rotate": Operation(
+        "rotation of the heads of many tokens",
+        {"native": native.rotate, "PyTorch": plain_rotate},
+        lambda: (_bf16(512, 14, 64), *torch.ones(2, 512, 1, 32, dtype=torch.bfloat16)),
+        frozenset({"native"}),
+    ),
     "swiglu": Operation(
         "silu(gate) * up",
         {"native": native.swiglu, "PyTorch": plain_swiglu},
@@ -161,14 +188,13 @@ def tune(again: bool = False) -> None:
     """Choose the fastest kernel of every operation: from the cache, or by measuring (`again`)."""
     path, key = _cache_file(), _key()
     known = {} if again else _read(path).get(key, {})
-    if known.keys() != TABLE.keys():
+    if any(set(known.get(name, ())) != set(op.usable()) for name, op in TABLE.items()):
         with torch.inference_mode():
             known = {name: _measure(operation) for name, operation in TABLE.items()}
         _write(path, key, known)
     for name, operation in TABLE.items():
-        operation.microseconds = known[name]
-        usable = operation.usable()
-        operation.chosen = min(usable, key=lambda kernel: known[name].get(kernel, float("inf")))
+        operation.microseconds = times = known[name]
+        operation.chosen = min(times, key=times.__getitem__)
 
 
 def _measure(operation: Operation) -> dict[str, float]:
@@ -188,8 +214,8 @@ def _key() -> str:
     """What the measurements hold for."""
     from qwen2.common.hardware import processor
 
-    parts = (processor(), torch.get_num_threads(), torch.__version__, qwen2.__version__)
-    return ", ".join(map(str, (*parts, native.why_not() or "native")))
+    kinds = "native" if native.is_fast() else "plain"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kinds}"
 
 
 def _cache_file() -> Path:

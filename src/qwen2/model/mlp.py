@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,6 +29,6 @@ class MLP(nn.Module):
         if joint is None:
             gate, up = self.projections(x)
             return self.down_proj(F.silu(gate) * up)
-        if joint.device.type == "cpu" and joint.dtype == torch.bfloat16:
+        if kernels.choosable(joint):
             return self.down_proj(kernels.TABLE["swiglu"](joint))
         return self.down_proj(kernels.plain_swiglu(joint))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import threading
-from ctypes import Structure, byref, c_char_p, c_int32, c_void_p
+from ctypes import Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 BF16, INT8, INT4 = range(3)  # the formats of kernels.cpp
 TILE, CHUNK = 4, 64  # a matrix's rows and columns are multiples
+MOST_D = 256  # units of a head
 _LOCK = threading.Lock()  # the kernels have one set of threads and scratch memory
 
 
 class Matrix(Structure):
     """A weight (n, k) in a format; see kernels.cpp."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes' own declaration)
+    _fields_ = [
         ("format", c_int32), ("n", c_int32), ("k", c_int32),
         *((name, c_void_p) for name in ("weight", "scale", "sums", "group_scale", "group_minimum")),
         ("bias", c_void_p),
@@ -124,10 +125,29 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (N, C) and weight (C,), bf16 -> bf16 (N, C)."""
+    N, C = x.shape
+    out = torch.empty((N, C), dtype=torch.bfloat16)
+    call("norm", _at(x), _at(weight), N, C, c_float(eps), _at(out))
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads of x (N, H, D), whose rows may lie apart, by cos and sin (N, 1, D/2); all bf16."""
+    N, H, D = x.shape
+    if x.stride()[1:] != (D, 1):
+        x = x.contiguous()
+    out = torch.empty((N, H, D), dtype=torch.bfloat16)
+    place, stride = c_void_p(x.data_ptr()), c_int64(x.stride(0))
+    call("rotate_heads", place, stride, _at(cos), _at(sin), N, H, D, _at(out))
+    return out
+
+
 class Store(Structure):
     """A layer's keys and values; see kernels.cpp."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, c_void_p)
         for name in ("keys", "values", "key_scale", "value_scale", "bias", "cos", "sin")
     ]
@@ -163,7 +183,7 @@ def can_attend(q: Tensor, kept: LayerKV) -> bool:
         and q.dtype == torch.bfloat16
         and kept.keys.dtype in (torch.bfloat16, torch.int8)
         and q.shape[-1] % 32 == 0
-        and q.shape[-1] <= 256
+        and q.shape[-1] <= MOST_D
         and is_fast()
     )
 
@@ -195,7 +215,8 @@ class Weight:
     ) -> None:
         format_ = BF16 if scale is None else INT8 if minimum is None else INT4
         n, k = len(weight), weight.shape[1] * (2 if format_ == INT4 else 1)
-        assert n % TILE == 0 and k % CHUNK == 0, (n, k)
+        assert not n % TILE, n
+        assert not k % CHUNK, k
         sums = None
         if format_ == INT8:
             sums = torch.empty(n, dtype=torch.int32)

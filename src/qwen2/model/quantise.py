@@ -19,8 +19,14 @@ from qwen2.common.runtime import in_threads
 from qwen2.model.calibrate import Calibration, calibrated_layers
 from qwen2.model.config import ModelConfig, Quantisation
 from qwen2.model.decoder import Qwen2
+from qwen2.model.linear import end_to_end
 from qwen2.model.packing import Parts, dequantise_int8
-from qwen2.model.quantised_linear import Format, named_parts, quantised_weights
+from qwen2.model.quantised_linear import (
+    Format,
+    named_parts,
+    quantised_types,
+    quantised_weights,
+)
 from qwen2.model.stored import StoredTensor
 from qwen2.model.weights import EMBEDDING, assemble, checked, read, row_blocks
 
@@ -69,15 +75,21 @@ def build_quantised(
     formats = {name: f for name, f in quantised_weights(model).items() if name in sources}
     in_layers = [name for name in formats if name.startswith("model.layers.")]
     later = set(in_layers) if calibration and method == "int4" else set()
+    joint = _end_to_end(model, dtype, device)
     state: dict[str, Tensor] = {}
+
+    def keep(tensors: Mapping[str, Tensor]) -> None:
+        """Where inference wants them, lest it copies them later."""
+        state.update({n: joint[n].copy_(t) if n in joint else t for n, t in tensors.items()})
+
     done = 0
     with Progress(method, len(sources)) as progress:
         for name in [name for name in sources if name not in later]:
             if name in formats:
                 parts = _quantised(sources[name], formats[name], device)
-                state |= named_parts(name, formats[name], parts)
+                keep(named_parts(name, formats[name], parts))
             else:
-                state[name] = read(sources[name], dtype).to(device)
+                keep({name: read(sources[name], dtype).to(device)})
             progress.update(done := done + 1)
         if later:
             assert calibration
@@ -91,9 +103,20 @@ def build_quantised(
                 dtype,
                 device,
             ):
-                state |= named_parts(name, formats[name], parts)
+                keep(named_parts(name, formats[name], parts))
                 progress.update(done := done + 1)
     return assemble(model, state)
+
+
+def _end_to_end(model: Qwen2, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Empty tensors for all parameters that inference computes with as one."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    types = quantised_types(model)
+    joint: dict[str, Tensor] = {}
+    for group in model.fusible():
+        places = end_to_end([shapes[n] for n in group], types.get(group[0], dtype), device)
+        joint |= dict(zip(group, places, strict=True))
+    return joint
 
 
 def _quantised(source: StoredTensor, format_: Format, device: torch.device) -> Parts:

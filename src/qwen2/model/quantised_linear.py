@@ -98,8 +98,9 @@ def _product(operation: str, plain: Callable[..., Tensor]) -> Callable[..., Tens
     """The fastest kernel where there is a choice, which is for bf16 on the CPU, else `plain`."""
 
     def product(x: Tensor, *parts: Tensor | None) -> Tensor:
-        fast = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        return kernels.TABLE[operation](x.contiguous(), *parts) if fast else plain(x, *parts)
+        if kernels.choosable(x):
+            return kernels.TABLE[operation](x.contiguous(), *parts)
+        return plain(x, *parts)
 
     return product
 
