@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 # Two OpenMP threads that spin beside another busy process run up to 15 times slower; waiting
 # passively mends it, but only when it is set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Large tensors on huge pages are read up to twice as fast, which is what decoding is bound by.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 

@@ -88,6 +88,21 @@ def keep_freed_memory(most: int = 2**31 - 1) -> None:
         mallopt(M_TRIM_THRESHOLD, most)
 
 
+def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Ask for huge pages within a new tensor on the CPU, before it is filled; returns it.
+
+    Weights on them are read up to twice as fast, which is what decoding is bound by. Only whole
+    ones are asked for: PyTorch's own way (`THP_MEM_ALLOC_ENABLE`) rounds each tensor up to 2 MiB.
+    """
+    MADV_HUGEPAGE, huge = 14, 1 << 21
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    begin = -(-tensor.data_ptr() // huge) * huge
+    length = (tensor.data_ptr() + tensor.nbytes - begin) // huge * huge
+    if madvise is not None and tensor.device.type == "cpu" and length > 0:
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_HUGEPAGE)
+    return tensor
+
+
 def in_threads(work: Callable[..., None], items: Sequence[tuple[Any, ...]]) -> None:
     """Call `work` with each of `items`, a thread for each of torch's and each on its own.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen2.common.runtime import on_huge_pages
 from qwen2.model import kernels
 
 
@@ -116,7 +117,8 @@ def end_to_end(
 ) -> list[Tensor]:
     """Empty tensors in one piece of memory, one after the other along their first dimension."""
     rows = [shape[0] for shape in shapes]
-    joint = torch.empty((sum(rows), *shapes[0][1:]), dtype=dtype, device=device)
+    shape = (sum(rows), *shapes[0][1:])
+    joint = on_huge_pages(torch.empty(shape, dtype=dtype, device=device))
     return list(joint.split(rows))
 
 
@@ -130,7 +132,8 @@ def _join(parameters: Sequence[Tensor]) -> Tensor:
         place += parameter.numel()
     if together:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
-    joint = torch.cat([parameter.data for parameter in parameters])
+    joint = on_huge_pages(first.new_empty((rows, *first.shape[1:])))
+    torch.cat([parameter.data for parameter in parameters], out=joint)
     for parameter, piece in zip(
         parameters, joint.split([len(parameter) for parameter in parameters]), strict=True
     ):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress
-from qwen2.common.runtime import in_threads
+from qwen2.common.runtime import in_threads, on_huge_pages
 from qwen2.model.calibrate import Calibration, calibrated_layers
 from qwen2.model.config import ModelConfig, Quantisation
 from qwen2.model.decoder import Qwen2
@@ -29,6 +29,8 @@ from qwen2.model.quantised_linear import (
 )
 from qwen2.model.stored import StoredTensor
 from qwen2.model.weights import EMBEDDING, assemble, checked, read, row_blocks
+
+BLOCK = 1 << 17  # weights that are rounded at a time: the search for scales holds several copies
 
 
 def quantise_model(model: Qwen2, method: str, calibration: Calibration | None = None) -> Qwen2:
@@ -121,7 +123,7 @@ def _end_to_end(model: Qwen2, dtype: torch.dtype, device: torch.device) -> dict[
 
 def _quantised(source: StoredTensor, format_: Format, device: torch.device) -> Parts:
     """Rows do not know of each other, so that no more of the source than blocks is in memory."""
-    parts = format_.empty(source.shape)
+    parts = tuple(on_huge_pages(part) for part in format_.empty(source.shape))
     rows = [part.view(torch.Size(source.shape[:-1]).numel(), -1) for part in parts]
 
     def work(start: int, count: int) -> None:
@@ -130,7 +132,7 @@ def _quantised(source: StoredTensor, format_: Format, device: torch.device) -> P
         for row, part in zip(rows, format_.quantise(block), strict=True):
             row[start : start + count] = part.view(count, -1)
 
-    in_threads(work, row_blocks(source))
+    in_threads(work, row_blocks(source, BLOCK))
     return tuple(part.to(device) for part in parts)
 
 

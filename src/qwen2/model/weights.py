@@ -165,12 +165,13 @@ def _fill(pairs: Sequence[tuple[StoredTensor, Tensor]]) -> None:
     )
 
 
-def row_blocks(stored: StoredTensor) -> list[tuple[int, int]]:
-    """(start, rows) of consecutive blocks; a vector is one."""
+def row_blocks(stored: StoredTensor, elements: int | None = None) -> list[tuple[int, int]]:
+    """(start, rows) of consecutive blocks of so many elements; a vector is one."""
     *outer, width = stored.shape
     if not outer:
         return [(0, width)]
-    elements = QUANTISED_BLOCK if stored.dtype is None else PLAIN_BLOCK
+    if elements is None:
+        elements = QUANTISED_BLOCK if stored.dtype is None else PLAIN_BLOCK
     count, step = prod(outer), max(1, elements // width)
     return [(start, min(step, count - start)) for start in range(0, count, step)]
 
