@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -197,8 +198,11 @@ class Engine:
     def postprocess(self, batch: Schedule, logits: Tensor) -> None:
         """Give every request what logits (rows, V) and hidden states of the pass say of it."""
         self.scheduler.pool.settle()
-        highest, likeliest = logits[:, : self.vocabulary].max(-1)  # NaN is the highest of all
-        finite, best = highest.isfinite().tolist(), likeliest.tolist()
+        # NumPy, for waking PyTorch's threads takes longer than this; NaN is the highest of all.
+        known = logits[:, : self.vocabulary].numpy()
+        likeliest = known.argmax(-1)
+        finite = np.isfinite(known[range(len(known)), likeliest]).tolist()
+        best = likeliest.tolist()
         embeddings = iter(() if batch.hidden is None else batch.hidden)
         row = 0
         for part in batch.parts:

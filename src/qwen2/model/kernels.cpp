@@ -131,14 +131,27 @@ class Pool {
   const std::function<void(int)>* work_ = nullptr;
 };
 
-// The share of `count`, a multiple of TILE, that thread t of T takes.
-struct Share {
+struct Share {  // of the rows of a weight
   int begin, end;
-  Share(int count, int t, int T) {
-    int64_t tiles = count / TILE;
-    begin = int(tiles * t / T) * TILE;
-    end = int(tiles * (t + 1) / T) * TILE;
+};
+
+// Rows, a multiple of TILE, handed out to T threads in shares that become smaller: the memory does
+// not serve all threads alike, and whoever was served best takes more.
+class Rows {
+ public:
+  bool take(int count, int T, Share& share) {
+    int begin = next_.load(std::memory_order_relaxed);
+    do {
+      if (begin >= count) return false;
+      int size = std::max(LEAST, (count - begin) / (2 * T) / LEAST * LEAST);
+      share = {begin, std::min(count, begin + size)};
+    } while (!next_.compare_exchange_weak(begin, share.end, std::memory_order_relaxed));
+    return true;
   }
+
+ private:
+  static constexpr int LEAST = 4 * TILE;  // what elementwise loops take at a time, too
+  std::atomic<int> next_{0};
 };
 
 }  // namespace
@@ -293,9 +306,10 @@ inline __m512i dot_bytes(__m512i sum, __m512i unsigned_bytes, __m512i signed_byt
 }
 
 // Ask for what will be read next; more ahead when there is more to compute in between.
-template <int M>
+template <Format F, int M>
 inline void fetch(const void* now) {
-  _mm_prefetch((const char*)now + (M == 1 ? AHEAD : 2 * AHEAD), _MM_HINT_T0);
+  if (F == INT4 || M > 1)
+    _mm_prefetch((const char*)now + (M == 1 ? AHEAD : 2 * AHEAD), _MM_HINT_T0);
 }
 
 inline __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -328,7 +342,7 @@ void bf16_tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)
   for (int i = 0; i < k; i += 32) {
     __m512bh weights[TILE];
     EACH(r, TILE) {
-      fetch<M>(rows + size_t(r) * k + i);
+      fetch<BF16, M>(rows + size_t(r) * k + i);
       weights[r] = (__m512bh)_mm512_loadu_si512(rows + size_t(r) * k + i);
     }
     EACH(m, M) {
@@ -360,7 +374,7 @@ void int8_tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)
   for (int i = 0; i < k; i += 64) {
     __m512i weights[TILE];
     EACH(r, TILE) {
-      fetch<M>(rows + size_t(r) * k + i);
+      fetch<INT8, M>(rows + size_t(r) * k + i);
       weights[r] = _mm512_loadu_si512(rows + size_t(r) * k + i);
     }
     EACH(m, M) {
@@ -401,7 +415,7 @@ void int4_tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)
   for (int i = 0; i < k; i += CHUNK) {
     EACH(r, TILE) {
       const uint8_t* at = rows + size_t(r) * (k / 2) + i / 2;
-      fetch<M>(at);
+      fetch<INT4, M>(at);
       __m256i packed = _mm256_loadu_si256((const __m256i*)at);
       __m512i weights = _mm512_and_si512(
           low, _mm512_inserti64x4(_mm512_castsi256_si512(packed), _mm256_srli_epi16(packed, 4), 1));
@@ -447,24 +461,35 @@ void int4_tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)
     for (int r = 0; r < TILE; r++) y[m][r] *= in.scale[token + m];
 }
 
-template <int M>
-void tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)[TILE]) {
-  if (w.format == BF16) bf16_tile<M>(w, in, row, token, y);
-  else if (w.format == INT8) int8_tile<M>(w, in, row, token, y);
-  else int4_tile<M>(w, in, row, token, y);
+template <Format F, int M>
+inline void tile(const Matrix& w, const Inputs& in, int row, int token, float (*y)[TILE]) {
+  if constexpr (F == BF16) bf16_tile<M>(w, in, row, token, y);
+  if constexpr (F == INT8) int8_tile<M>(w, in, row, token, y);
+  if constexpr (F == INT4) int4_tile<M>(w, in, row, token, y);
 }
 
-// y[m][r] for tokens [token, token + count) and rows [row, row + TILE), bias included.
-void products(const Matrix& w, const Inputs& in, int row, int token, int count, float (*y)[TILE]) {
-  switch (count) {
-    case 1: tile<1>(w, in, row, token, y); break;
-    case 2: tile<2>(w, in, row, token, y); break;
-    case 3: tile<3>(w, in, row, token, y); break;
-    default: tile<4>(w, in, row, token, y);
+// Apart from its loop, where its many sums would not stay in registers.
+template <Format F, int M>
+[[gnu::noinline]] void large_tile(const Matrix& w, const Inputs& in, int row, int token,
+                                  float (*y)[TILE]) {
+  tile<F, M>(w, in, row, token, y);
+}
+
+// Rows [begin, end) for M tokens from `token` on, bias included, into or, with `add`, onto
+// out (m, stride).
+template <Format F, int M>
+void block(const Matrix& w, const Inputs& in, int begin, int end, int token,
+                             float* out, int stride, bool add) {
+  float y[M][TILE];
+  for (int row = begin; row < end; row += TILE) {
+    if constexpr (M == 1) tile<F, M>(w, in, row, token, y);
+    else large_tile<F, M>(w, in, row, token, y);
+    for (int m = 0; m < M; m++) {
+      float* to = out + size_t(token + m) * stride + row;
+      for (int r = 0; r < TILE; r++)
+        to[r] = y[m][r] + (w.bias ? w.bias[row + r] : 0) + (add ? to[r] : 0);
+    }
   }
-  if (w.bias)
-    for (int m = 0; m < count; m++)
-      for (int r = 0; r < TILE; r++) y[m][r] += w.bias[row + r];
 }
 
 // The second half of the rows of a matrix without bias.
@@ -477,19 +502,26 @@ Matrix lower_half(Matrix w) {
   return w;
 }
 
-// Rows of `share` of every token's product into, or with `add` onto, out (m, stride).
-void linear(const Matrix& w, const Inputs& in, Share share, float* out, int stride, bool add) {
-  float y[TILE][TILE];
-  for (int row = share.begin; row < share.end; row += TILE) {
+template <Format F>
+void linear_in(const Matrix& w, const Inputs& in, Share share, float* out, int stride, bool add) {
+  if (in.m == 1) return block<F, 1>(w, in, share.begin, share.end, 0, out, stride, add);
+  for (int row = share.begin; row < share.end; row += TILE)
     for (int token = 0; token < in.m; token += TILE) {
-      int count = std::min(TILE, in.m - token);
-      products(w, in, row, token, count, y);
-      for (int m = 0; m < count; m++) {
-        float* to = out + size_t(token + m) * stride + row;
-        for (int r = 0; r < TILE; r++) to[r] = add ? to[r] + y[m][r] : y[m][r];
+      int end = row + TILE;
+      switch (in.m - token) {
+        case 1: block<F, 1>(w, in, row, end, token, out, stride, add); break;
+        case 2: block<F, 2>(w, in, row, end, token, out, stride, add); break;
+        case 3: block<F, 3>(w, in, row, end, token, out, stride, add); break;
+        default: block<F, 4>(w, in, row, end, token, out, stride, add);
       }
     }
-  }
+}
+
+// Rows of `share` of every token's product into, or with `add` onto, out (m, stride).
+void linear(const Matrix& w, const Inputs& in, Share share, float* out, int stride, bool add) {
+  if (w.format == BF16) linear_in<BF16>(w, in, share, out, stride, add);
+  if (w.format == INT8) linear_in<INT8>(w, in, share, out, stride, add);
+  if (w.format == INT4) linear_in<INT4>(w, in, share, out, stride, add);
 }
 
 // ------------------------------------------------------------------------------ elementwise
@@ -783,6 +815,7 @@ void attend(const Pages& pages, int rows, Limits limits, AttentionScratch& s) {
 
 struct Pass {  // what the threads of a step share
   std::vector<float> x, qkv, attended, gate, up;
+  std::vector<Rows> rows;  // of each product in turn
 };
 
 struct Own {  // what each has for itself
@@ -802,17 +835,18 @@ void normed(const float* x, const float* weight, const Model& model, int n, Form
   }
 }
 
-// Rotate and store a token's key and value of every kv head.
-void remember(const Model& model, const Layer& layer, const Batch& batch, int sequence, int token,
+// Rotate and store the key and value of a sequence's new tokens in one kv head.
+void remember(const Model& model, const Layer& layer, const Batch& batch, int sequence, int head,
               const Pass& pass, Own& own) {
-  int H = model.H, K = model.K, D = model.D, position = batch.positions[token];
+  int H = model.H, K = model.K, D = model.D;
   const int32_t* table = batch.tables + size_t(sequence) * batch.table_width;
-  const float* qkv = &pass.qkv[size_t(token) * (H + 2 * K) * D];
-  const float* cos = model.cos + size_t(position) * (D / 2);
-  const float* sin = model.sin + size_t(position) * (D / 2);
+  Pages pages{layer.store, table, model.block_size, K, D, head};
   own.row.resize(std::max(int(own.row.size()), D));
-  for (int head = 0; head < K; head++) {
-    Pages pages{layer.store, table, model.block_size, K, D, head};
+  for (int token = batch.starts[sequence]; token < batch.starts[sequence + 1]; token++) {
+    int position = batch.positions[token];
+    const float* qkv = &pass.qkv[size_t(token) * (H + 2 * K) * D];
+    const float* cos = model.cos + size_t(position) * (D / 2);
+    const float* sin = model.sin + size_t(position) * (D / 2);
     size_t place = pages.place(position);
     const float *k = qkv + (H + head) * D, *v = qkv + (H + K + head) * D;
     float bare[MOST_D], *rotated = own.row.data();
@@ -870,36 +904,43 @@ void step_thread(const Model& model, const Batch& batch, Pool& pool, Pass& pass,
   int n = batch.n, C = model.C, I = model.I, T = pool.threads();
   int width = (model.H + 2 * model.K) * model.D, heads = model.H * model.D;
   float* x = pass.x.data();
+  Rows* rows = pass.rows.data();
+  Share some;
   for (int m = t; m < n; m += T) embed(model, batch.tokens[m], x + size_t(m) * C);
   pool.barrier();
   for (int l = 0; l < model.layers; l++) {
     const Layer& layer = model.layer[l];
     normed(x, layer.input_norm, model, n, layer.qkv.format, own);
-    linear(layer.qkv, own.in, Share(width, t, T), pass.qkv.data(), width, false);
+    while (rows->take(width, T, some))
+      linear(layer.qkv, own.in, some, pass.qkv.data(), width, false);
+    rows++;
     pool.barrier();
     // All keys are written before any is read: sequences may share a prefix that is new to both.
-    for (int i = 0; i < batch.sequences; i++)
-      for (int m = batch.starts[i]; m < batch.starts[i + 1]; m++)
-        if (m % T == t) remember(model, layer, batch, i, m, pass, own);
-    pool.barrier();
+    for (int i = t; i < batch.sequences * model.K; i += T)
+      remember(model, layer, batch, i / model.K, i % model.K, pass, own);
+    if (model.K % T) pool.barrier();  // else a thread reads only heads that it has written itself
     for (int i = t; i < batch.sequences * model.K; i += T)
       attend_sequence(model, layer, batch, i / model.K, i % model.K, pass, own);
     pool.barrier();
     prepare(layer.o.format, pass.attended.data(), n, heads, own.in);
-    linear(layer.o, own.in, Share(C, t, T), x, C, true);
+    while (rows->take(C, T, some)) linear(layer.o, own.in, some, x, C, true);
+    rows++;
     pool.barrier();
     normed(x, layer.post_norm, model, n, layer.gate_up.format, own);
     // A thread computes the same rows of gate and up, so it can multiply them itself.
-    Share mine(I, t, T);
-    linear(layer.gate_up, own.in, mine, pass.gate.data(), I, false);
-    linear(lower_half(layer.gate_up), own.in, mine, pass.up.data(), I, false);
-    for (int m = 0; m < n; m++) {
-      size_t at = size_t(m) * I + mine.begin;
-      swiglu_row(&pass.gate[at], &pass.up[at], mine.end - mine.begin);
+    while (rows->take(I, T, some)) {
+      linear(layer.gate_up, own.in, some, pass.gate.data(), I, false);
+      linear(lower_half(layer.gate_up), own.in, some, pass.up.data(), I, false);
+      for (int m = 0; m < n; m++) {
+        size_t at = size_t(m) * I + some.begin;
+        swiglu_row(&pass.gate[at], &pass.up[at], some.end - some.begin);
+      }
     }
+    rows++;
     pool.barrier();
     prepare(layer.down.format, pass.gate.data(), n, I, own.in);
-    linear(layer.down, own.in, Share(C, t, T), x, C, true);
+    while (rows->take(C, T, some)) linear(layer.down, own.in, some, x, C, true);
+    rows++;
     pool.barrier();
   }
   own.row.resize(std::max(int(own.row.size()), C));
@@ -908,7 +949,8 @@ void step_thread(const Model& model, const Batch& batch, Pool& pool, Pass& pass,
     rms_norm(x + size_t(batch.wanted[r]) * C, model.norm, C, model.eps, own.row.data());
     prepare_row(model.head.format, own.row.data(), r, own.in);
   }
-  linear(model.head, own.in, Share(model.V, t, T), batch.logits, model.V, false);
+  while (rows->take(model.V, T, some))
+    linear(model.head, own.in, some, batch.logits, model.V, false);
 }
 
 Pool* pool = nullptr;
@@ -955,6 +997,7 @@ void step(const Model* model, const Batch* batch) {
   pass.attended.resize(n * model->H * model->D);
   pass.gate.resize(n * model->I);
   pass.up.resize(n * model->I);
+  pass.rows = std::vector<Rows>(4 * model->layers + 1);
   // A miniature is computed by one thread in less time than threads need to meet.
   size_t weights = size_t(model->layers) * model->C * (3 * model->I + 2 * model->C);
   Pool& crew = weights * n < SMALL ? alone : *pool;
@@ -963,9 +1006,11 @@ void step(const Model* model, const Batch* batch) {
 
 // x (m, k) floats times w, plus bias -> out (m, n).
 void product(const Matrix* w, const float* x, int32_t m, float* out) {
+  Rows rows;
   pool->run([&](int t) {
     prepare(w->format, x, m, w->k, own[t].in);
-    linear(*w, own[t].in, Share(w->n, t, pool->threads()), out, w->n, false);
+    for (Share some; rows.take(w->n, pool->threads(), some);)
+      linear(*w, own[t].in, some, out, w->n, false);
   });
 }
 
@@ -1020,6 +1065,17 @@ void dequantise_int4(const uint8_t* weight, const fp16* scale, const fp16* minim
           row[g * GROUP + j] = float((at[j] >> shift) & 15) * by + from;
       }
       narrow_row(row.data(), k, out + size_t(i) * k);
+    }
+  });
+}
+
+// 128 times the sum of each row of an int8 weight (n, k).
+void sum_rows(const int8_t* weight, int32_t n, int32_t k, int32_t* out) {
+  pool->run([&](int t) {
+    for (int i = t; i < n; i += pool->threads()) {
+      int32_t sum = 0;
+      for (int j = 0; j < k; j++) sum += weight[size_t(i) * k + j];
+      out[i] = 128 * sum;
     }
   });
 }

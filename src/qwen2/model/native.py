@@ -220,8 +220,7 @@ class Weight:
         sums = None
         if format_ == INT8:
             sums = torch.empty(n, dtype=torch.int32)
-            for rows, some in zip(weight.split(4096), sums.split(4096), strict=True):
-                torch.mul(rows.sum(1, dtype=torch.int32), 128, out=some)
+            call("sum_rows", _at(weight), n, k, _at(sums))
         wide = None if bias is None else bias.detach().float()
         groups = (scale, minimum) if format_ == INT4 else (None, None)
         self._kept = [weight, scale if format_ == INT8 else None, sums, *groups, wide]
