@@ -132,7 +132,7 @@ class Engine:
 
         Raises:
             UserError: what can never be done, in one line.
-            QueueFull: `max_queue` requests wait.
+            QueueFull: `max_queue` requests wait, or others' grammars take too long.
         """
         request = self.prepare(prompt, params, salt=salt, on_output=on_output, embed=embed)
         self.enqueue(request)
@@ -155,6 +155,10 @@ class Engine:
             TextStream(self.tokenizer, params.stop), room,
             frozenset() if params.ignore_eos else self._stop_ids, salt, embed, on_output,
         )  # fmt: skip
+
+    def takes_long(self, params: SamplingParams) -> bool:
+        """Whether `prepare` has a grammar to compile first; may be called on any thread."""
+        return params.grammar is not None and not self._grammars.knows(params.grammar)
 
     def enqueue(self, request: Request) -> None:
         """The second half of `submit`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import qwen2
 from qwen2.common.errors import UserError
-from qwen2.inference import EngineThread, Grammar, SamplingParams
+from qwen2.inference import EngineThread, Grammar, QueueFull, SamplingParams
 from qwen2.serve.conversation import for_template, shown_tool
 from qwen2.serve.errors import ApiError
 from qwen2.serve.flight import Flight, Job, in_thread, translated
@@ -22,6 +23,8 @@ from qwen2.tokenizer.chatml import ChatTemplate
 T = TypeVar("T")
 
 PREPARING = 4  # threads that render and tokenize: little of it holds Python's lock
+COMPILING = 4  # further threads, for requests with a new grammar, which may take seconds
+MOST_COMPILING = 16  # such requests at a time
 
 
 class Service:
@@ -40,6 +43,8 @@ class Service:
         self.fingerprint = f"qwen2-{qwen2.__version__}"
         self._template = ChatTemplate.of(self.tokenizer, bounded=True)
         self._pool = ThreadPoolExecutor(PREPARING, "prepare")
+        self._compilers = ThreadPoolExecutor(COMPILING, "compile")
+        self._to_compile = threading.BoundedSemaphore(MOST_COMPILING)
 
     def check_model(self, name: str | None) -> str:
         """The model's name for the answer; the only one may be left out.
@@ -59,11 +64,31 @@ class Service:
     async def launch(self, make_jobs: Callable[[], Sequence[Job]], salt: str) -> Flight:
         """Make jobs and submit them, on another thread, for long texts take long to encode.
 
+        New grammars have threads of their own: nobody else waits for them.
+
         Raises:
-            ApiError: something about them can't be.
+            ApiError: something about them can't be, or not now.
         """
         flight = Flight(self.engine, self.metrics)
-        await in_thread(self._pool, lambda: flight.launch(_told(make_jobs), salt), flight.cancel)
+
+        def begin() -> Sequence[Job]:
+            jobs = _told(make_jobs)
+            if any(self.engine.engine.takes_long(job.params) for job in jobs):
+                return jobs
+            flight.launch(jobs, salt)
+            return ()
+
+        if jobs := await in_thread(self._pool, begin, flight.cancel):
+            if not self._to_compile.acquire(blocking=False):
+                raise translated(QueueFull("too many new grammars at a time; try again later"))
+
+            def compile_and_launch() -> None:
+                try:
+                    flight.launch(jobs, salt)
+                finally:
+                    self._to_compile.release()
+
+            await in_thread(self._compilers, compile_and_launch, flight.cancel)
         return flight
 
     async def prepare(self, work: Callable[[], T]) -> T:
@@ -156,7 +181,8 @@ class Service:
 
     def close(self) -> None:
         """End the threads and the template's process."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._compilers):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._template.close()
 
 
