@@ -74,7 +74,7 @@ class Engine:
             raise UserError("a model alone has no text: give its tokenizer too")
         self.config = config = config or EngineConfig()
         keep_freed_memory(KEPT)
-        kernels.tune()
+        kernels.tune(model.device)
         model.fuse_projections()
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary = min(tokenizer.vocab_size, model.config.vocab_size)
