@@ -213,8 +213,8 @@ def _attention_operands(device: torch.device) -> tuple[Any, ...]:
 
 
 def _parts_operands(device: torch.device) -> tuple[Any, ...]:
-    q = _bf16(device, KV, H // KV, ROWS, D)
-    keys = [_bf16(device, KV, 1, ROWS, D).expand(-1, H // KV, -1, -1) for _ in range(4)]
+    q = _bf16(device, KV, H // KV, ROWS // 2, D)
+    keys = [_bf16(device, KV, 1, ROWS // 2, D).expand(-1, H // KV, -1, -1) for _ in range(4)]
     return q, *keys[:2], q, *keys[2:], (False, True)
 
 
@@ -232,17 +232,16 @@ def _step_operands(device: torch.device) -> tuple[Any, ...]:
     from qwen2.model.cache import KVStore
     from qwen2.model.config import ModelConfig
     from qwen2.model.decoder import Qwen2
+    from qwen2.model.weights import WithoutInit
 
     config = ModelConfig(
         vocab_size=N, hidden_size=K, intermediate_size=N, num_hidden_layers=2,
         num_attention_heads=H, num_key_value_heads=KV, max_position_embeddings=LENGTH,
     )  # fmt: skip
-    with torch.device("meta"):
+    with device, WithoutInit():
         model = Qwen2(config).to(torch.bfloat16)
-    model = model.to_empty(device=device).eval()
     for parameter in model.parameters():
         parameter.data.fill_(0.01)
-    model.tie_weights()
     model.fuse_projections()
     store = KVStore(config, LENGTH, torch.bfloat16, device)
     for kept in (*store.keys, *store.values):
