@@ -204,6 +204,16 @@ def test_what_cannot_be_served_is_one_line(checkpoint: Path, tmp_path: Path) -> 
             assert done.stderr.count("\n") == 1
 
 
+def test_what_is_not_installed_is_named(checkpoint: Path) -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; from qwen2.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", str(checkpoint)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "qwen2: serve needs uvicorn: pip install 'qwen2[serve]'\n"
+
+
 def test_a_hostile_template_stops_nothing(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 

@@ -59,11 +59,16 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does, with a chat page at /."""
+    from qwen2.common.errors import UserError
     from qwen2.common.runtime import set_threads
     from qwen2.inference import Engine, EngineConfig, EngineThread
-    from qwen2.serve import run
-    from qwen2.serve.app import create_app
-    from qwen2.serve.settings import Keys, Settings
+
+    try:
+        from qwen2.serve import run
+        from qwen2.serve.app import create_app
+        from qwen2.serve.settings import Keys, Settings
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}: pip install 'qwen2[serve]'") from None
 
     config = EngineConfig.parse(
         {
