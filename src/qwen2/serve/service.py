@@ -16,7 +16,7 @@ from qwen2.serve.conversation import for_template, shown_tool
 from qwen2.serve.errors import ApiError
 from qwen2.serve.flight import Flight, Job, in_thread, translated
 from qwen2.serve.metrics import Metrics
-from qwen2.serve.protocol import Message, Sampling, Tool
+from qwen2.serve.protocol import ChatRequest, CompletionRequest, Message, Sampling, Tool
 from qwen2.serve.settings import Settings
 from qwen2.tokenizer.chatml import ChatTemplate
 
@@ -55,7 +55,8 @@ class Service:
         if name is not None and name not in self.settings.names:
             raise ApiError(
                 404,
-                f"there is no model {name!r} here; there is {', '.join(self.settings.names)}",
+                f"there is no model {name!r} here; "
+                f"there is {', '.join(map(repr, self.settings.names))}",
                 param="model",
                 code="model_not_found",
             )
@@ -146,7 +147,8 @@ class Service:
             ApiError: prompt and completion would not fit into the context, which is never cut.
         """
         wanted = max_tokens or max(1, self.context - len(prompt))
-        self.check_length(len(prompt), wanted)
+        about = {ChatRequest: "messages", CompletionRequest: "prompt"}
+        self.check_length(len(prompt), wanted, about.get(type(body), "input"))
         given = {
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_k": max(0, body.top_k or 0),  # other servers say -1 for all
@@ -168,14 +170,14 @@ class Service:
             for seed in seeds
         ]
 
-    def check_length(self, prompt: int, completion: int) -> None:
+    def check_length(self, prompt: int, completion: int, param: str) -> None:
         """An `ApiError` with the numbers, if so many tokens exceed the context."""
         if prompt + completion > self.context:
             raise ApiError(
                 400,
                 f"the context is {self.context} tokens, but the prompt has {prompt} and the "
                 f"completion may have {completion}: {prompt + completion} in all; shorten either",
-                param="messages",
+                param=param,
                 code="context_length_exceeded",
             )
 
