@@ -62,6 +62,13 @@ def test_hostile_templates_end(templates: Any, name: str) -> None:
     assert template.render({"say": "fine"}) == "fine<|e|>"
 
 
+def test_a_process_that_has_died_harms_no_conversation(templates: Any) -> None:
+    template = templates("x")
+    template._child.kill()
+    template._child.wait()
+    assert template.render({"say": "fine"}) == "fine<|e|>"
+
+
 def test_a_template_that_never_compiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jinja computes what is constant when it compiles."""
     monkeypatch.setattr(bounded_templates, "START_SECONDS", 2.0)

@@ -22,6 +22,7 @@ from qwen2.inference import (
     Engine,
     EngineConfig,
     EngineThread,
+    QueueFull,
     SamplingParams,
     grammar,
     grammar_check,
@@ -355,6 +356,29 @@ def test_a_process_that_dies_is_started_again() -> None:
     del engine, checker
     gc.collect()
     assert process.poll() is not None
+
+
+def test_a_grammar_that_nobody_has_looked_at_is_not_called_bad(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its time has not come, or the process does not start; afterwards it works."""
+    monkeypatch.setattr(grammar_check, "WAIT", 0.01)
+    engine = Engine(MODEL, BYTES)
+    engine.submit(PROMPT, params("regex", "known"))
+    checker = engine._grammars._checker
+    with checker._lock:  # another is being compiled
+        with pytest.raises(QueueFull, match="being compiled; try again later"):
+            engine.submit(PROMPT, params("regex", "new"))
+        engine.submit(PROMPT, params("regex", "known", seed=1))
+    assert checker._process is not None
+    for broken in ("/no/such/python", "/bin/false"):
+        checker._process.kill()
+        checker._process.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(grammar_check.sys, "executable", broken)
+            with pytest.raises(QueueFull, match="does not start"):
+                engine.submit(PROMPT, params("regex", "new"))
+    assert engine.generate([PROMPT], params("regex", "new"))[0].text == "new"
 
 
 def test_a_mask_that_takes_too_long_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:

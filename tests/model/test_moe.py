@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
+from qwen2.model import kernels
 from qwen2.model.attention import PackedAttention
 from qwen2.model.cache import KVStore
 from qwen2.model.config import PUBLISHED, Mixture, ModelConfig
@@ -20,6 +21,7 @@ from qwen2.model.experts import grouped_experts, loop_experts
 from qwen2.model.extend import extended
 from qwen2.model.hf_config import config_to_hf
 from qwen2.model.moe import MoE, Routing, expert_entropy, expert_share, route, router_logits
+from qwen2.model.operation import Kernel
 
 CPU = torch.device("cpu")
 
@@ -214,8 +216,12 @@ def test_torch_s_grouped_product_gives_the_same(
     results = []
     for kernel in (True, False):
         with monkeypatch.context() as patched:
-            patched.setattr("qwen2.model.experts._has_kernel", lambda *_, k=kernel: k)
-            patched.setattr("qwen2.model.experts.F.grouped_mm", grouped_mm)
+            for name in ("expert products", "expert gradients"):
+                operation = kernels.TABLE[name]
+                theirs = Kernel(operation.kernels["cuda"]["grouped_mm"].run)  # in any number type
+                patched.setitem(operation.kernels["cpu"], "grouped_mm", theirs)
+                patched.setattr(operation, "order", {"cpu": ["grouped_mm"] if kernel else []})
+            patched.setattr("qwen2.model.kernels.F.grouped_mm", grouped_mm)
             inputs = [t.clone().requires_grad_() for t in first]
             y = grouped_experts(*inputs[:3], ids, inputs[3])
             y.square().sum().backward()

@@ -233,8 +233,14 @@ def test_overflow_says_the_numbers(served: Any) -> None:
     for number in (2048, prompt, 2048 + prompt):
         assert str(number) in error["message"]
     long = [{"role": "user", "content": "x" * 3000}]
-    response = served.client.post("/v1/chat/completions", json={"messages": long})
-    assert response.json()["error"]["code"] == "context_length_exceeded"
+    for path, field, value in (
+        ("/v1/chat/completions", "messages", long),
+        ("/v1/completions", "prompt", "x" * 3000),
+        ("/v1/embeddings", "input", "x" * 3000),
+        ("/v1/responses", "input", "x" * 3000),
+    ):
+        error = served.client.post(path, json={field: value}).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
 
 
 def test_an_answer_fills_the_context_where_nothing_is_said(served: Any) -> None:

@@ -168,6 +168,10 @@ def test_models(serve: Any) -> None:
         body = {"prompt": "a", "model": "gpt-6-astra"}
         error = served.client.post("/v1/completions", json=body).json()["error"]
         assert error["code"] == "model_not_found"
+        assert "'org/one', 'two'" in error["message"]
+        forgotten = served.client.post("/completions", json={"prompt": "a"})  # the /v1
+        assert forgotten.status_code == 404
+        assert "the API is at /v1" in forgotten.json()["error"]["message"]
 
 
 def test_tokenize_and_back(served: Any) -> None:

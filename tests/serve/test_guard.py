@@ -97,6 +97,17 @@ def test_absolute_forms_are_no_paths(locked: Any, target: str) -> None:
     assert b"tiny" not in body
 
 
+def test_head_is_get_without_the_body(locked: Any) -> None:
+    """Watchers of health ask so."""
+    for path in ("/health", "/", "/v1/models"):
+        whole, head = locked.client.get(path), locked.client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == whole.headers["content-length"]
+    assert locked.client.head("/v1/none").status_code == 404
+    assert locked.client.head("/v1/chat/completions").status_code == 405
+    assert locked.client.get("/v1/models").status_code == 200
+
+
 def test_what_is_open(locked: Any) -> None:
     for path in ("/health", "/", "/style.css"):
         assert raw.exchange(locked.url, raw.request(path))[0] == 200

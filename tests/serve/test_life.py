@@ -17,6 +17,7 @@ import httpx
 import pytest
 import raw
 import tiny_models
+import torch
 
 from qwen2.model.hub import save
 
@@ -128,6 +129,44 @@ def test_a_signal_drains(checkpoint: Path, number: signal.Signals) -> None:
         assert process.stderr.read() == ""
 
 
+def counted(url: str, name: str) -> float:
+    """A figure of the engine."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return float(next(x for x in lines if x.startswith(f"qwen2:{name}{{")).split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [(151_936, 152_064), (152_064, 151_936)])
+def test_a_draft_model_changes_no_answer(tmp_path: Path, rows: tuple[int, int]) -> None:
+    """With as many rows as the published models have, which are not of one number."""
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape["tie_word_embeddings"] = True
+    models = [tiny_models.build(vocab_size=size, **shape) for size in rows]
+    parameters = dict(models[0].named_parameters())
+    with torch.no_grad():
+        for name, own in models[1].named_parameters():  # nearly the same, so that guesses are right
+            common = min(len(own), len(parameters[name]))
+            own[:common] = parameters[name][:common]
+            own[common:] *= 100  # its likeliest row is no token
+    for name, model in zip(("tiny", "draft"), models, strict=True):
+        save(model, tiny_models.BYTES, tmp_path / name)
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "once upon a time", "max_tokens": 40, "ignore_eos": True, **more}
+        for more in ({"temperature": 0}, {"temperature": 1, "seed": 7, "n": 2})
+    ]
+    answers = []
+    for options in ((), ("--speculate", "4", "--draft", str(tmp_path / "draft"))):
+        with started(tmp_path / "tiny", *options) as (_, url):
+            made = [httpx.post(f"{url}/v1/completions", json=b, timeout=60).json() for b in bodies]
+            answers.append([[choice["text"] for choice in each["choices"]] for each in made])
+            guessed = counted(url, "spec_decode_num_draft_tokens_total")
+            right = counted(url, "spec_decode_num_accepted_tokens_total")
+            assert (guessed > 0, right > 0) == (bool(options), bool(options))
+            assert right <= guessed
+    assert answers[0] == answers[1]
+    assert right > 20  # the greedy answer's at least
+
+
 def test_what_does_not_finish_in_time_is_told(checkpoint: Path) -> None:
     body = {"prompt": ["a"] * 64, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with started(checkpoint, "--drain-seconds", "0.5") as (process, url):
@@ -154,6 +193,7 @@ def test_what_cannot_be_served_is_one_line(checkpoint: Path, tmp_path: Path) -> 
             ("--api-key-file", str(empty)): "it has no API key",
             ("--port", "0", "--kv-dtype", "int3"): "kv_dtype",
             ("--port", "99999"): "--port",
+            ("--port", "0", "--draft", str(checkpoint)): "a draft model needs speculate",
         }
         for options, message in cases.items():
             done = subprocess.run(
@@ -162,6 +202,16 @@ def test_what_cannot_be_served_is_one_line(checkpoint: Path, tmp_path: Path) -> 
             assert done.returncode == 2, done.stderr
             assert message in done.stderr
             assert done.stderr.count("\n") == 1
+
+
+def test_what_is_not_installed_is_named(checkpoint: Path) -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; from qwen2.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", str(checkpoint)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "qwen2: serve needs uvicorn: pip install 'qwen2[serve]'\n"
 
 
 def test_a_hostile_template_stops_nothing(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,16 +87,8 @@ def test_it_calls_a_tool(client: Any) -> None:
 
 
 def forced(client: Any, **settings: Any) -> Any:
-    """An answer that a grammar holds; or a skip while the engine has none."""
-    openai = pytest.importorskip("openai")
-    try:
-        return client.chat.completions.create(
-            model="model", temperature=0, max_tokens=100, **settings
-        )
-    except openai.BadRequestError as error:
-        if "no grammars yet" in str(error):
-            pytest.skip("the engine has no grammars yet")
-        raise
+    """An answer that a grammar holds."""
+    return client.chat.completions.create(model="model", temperature=0, max_tokens=100, **settings)
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,15 @@ def doctor(
     """Show the machine, versions, optional parts, and the kernels that were measured fastest."""
     import json
 
+    import torch
+
     from qwen2.common.runtime import set_threads
     from qwen2.model import kernels
 
     set_threads(threads)
-    kernels.tune(again)
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in here:
+        kernels.tune(torch.device(device), again)
     found = {**_machine(), "optional": _optional(), "kernels": _kernels()}
     if as_json:
         print(json.dumps(found))
@@ -73,15 +77,21 @@ def _optional() -> dict[str, str]:
 
 
 def _kernels() -> list[dict[str, Any]]:
+    """The table; of a device that is not here without times, in the order of what is tried."""
     from qwen2.model import kernels
+    from qwen2.model.operation import DEVICES
 
     return [
         {
             "operation": name,
+            "device": device,
             "about": operation.about,
-            "chosen": operation.chosen,
-            "microseconds": operation.microseconds,
+            "chosen": operation.order[device][0],
+            "kernels": list(operation.kernels[device]),
+            "microseconds": operation.microseconds.get(device, {}),
+            "not used": {n: k.never for n, k in operation.kernels[device].items() if k.never},
         }
+        for device in DEVICES
         for name, operation in kernels.TABLE.items()
     ]
 
@@ -91,8 +101,25 @@ def _show(found: dict[str, Any]) -> None:
     optional = found.pop("optional")
     for name, value in [*found.items(), *optional.items()]:
         print(f"{name:16} {value}")
-    print("\nkernels, in microseconds on operands of the 0.5B's widths (* is used)")
-    for row in table:
-        print(f"  {row['about']}")
-        for name, time in sorted(row["microseconds"].items(), key=lambda pair: pair[1]):
-            print(f"   {'*' if name == row['chosen'] else ' '}{time:10,.0f}  {name}")
+    measured = [row for row in table if row["microseconds"]]
+    for device in dict.fromkeys(row["device"] for row in measured):
+        print(f"\nkernels on {device}, in microseconds with the 0.5B's widths (* is used)")
+        for row in measured:
+            if row["device"] == device:
+                _show_times(row)
+    others = [row for row in table if not row["microseconds"]]
+    for device in dict.fromkeys(row["device"] for row in others):
+        print(f"\nkernels on {device}, which is not here; what is tried, in this order")
+        for row in others:
+            if row["device"] == device:
+                print(f"  {row['about']}: {', then '.join(row['kernels'])}")
+
+
+def _show_times(row: dict[str, Any]) -> None:
+    print(f"  {row['about']}")
+    times = row["microseconds"]
+    for name in sorted(times, key=lambda name: times[name] or float("inf")):
+        mark = "*" if name == row["chosen"] else " "
+        time = f"{times[name]:10,.0f}" if times[name] else f"{'cannot':>10}"
+        note = f" ({row['not used'][name]})" if name in row["not used"] else ""
+        print(f"   {mark}{time}  {name}{note}")

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from qwen2.cli.options import Context, Device, Dtype, Extend, Model, Quantize, Threads, load_for
+from qwen2.cli.options import (
+    Context,
+    Device,
+    Draft,
+    Dtype,
+    Extend,
+    Model,
+    Quantize,
+    Speculate,
+    Threads,
+    draft_for,
+    load_for,
+)
 
 
 def serve(
@@ -34,9 +46,8 @@ def serve(
     prefix_cache: Annotated[
         bool, typer.Option(help="Keep what prompts begin with for who comes again.")
     ] = True,
-    speculate: Annotated[
-        int, typer.Option(min=0, help="Tokens to guess from the text so far; 0: none.")
-    ] = 0,
+    speculate: Speculate = 0,
+    draft: Draft = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0.1, help="After SIGTERM, time to finish what runs.")
     ] = 30.0,
@@ -48,11 +59,16 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does, with a chat page at /."""
+    from qwen2.common.errors import UserError
     from qwen2.common.runtime import set_threads
     from qwen2.inference import Engine, EngineConfig, EngineThread
-    from qwen2.serve import run
-    from qwen2.serve.app import create_app
-    from qwen2.serve.settings import Keys, Settings
+
+    try:
+        from qwen2.serve import run
+        from qwen2.serve.app import create_app
+        from qwen2.serve.settings import Keys, Settings
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}: pip install 'qwen2[serve]'") from None
 
     config = EngineConfig.parse(
         {
@@ -73,9 +89,9 @@ def serve(
         tuple(served_name or [_name(model)]), keys, run.allowed_hosts(bound, host, keys)
     )
     set_threads(threads)
-    thread = EngineThread(
-        Engine(*load_for(model, dtype, device, context, extend, quantize), config)
-    )
+    language_model, tokenizer = load_for(model, dtype, device, context, extend, quantize)
+    guesser = draft_for(draft, tokenizer, dtype, device, quantize)
+    thread = EngineThread(Engine(language_model, tokenizer, config, draft=guesser))
     app = create_app(thread, settings)
     thread.start()
     ready = f"qwen2: {settings.names[0]} is served at {run.url_of(bound)}, a chat page too"

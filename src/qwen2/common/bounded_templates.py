@@ -57,7 +57,8 @@ class BoundedTemplate:
             UserError: the template refuses them, or exceeds a bound.
         """
         with self._lock:
-            if self._child is None:
+            if self._child is None or self._child.poll() is not None:
+                self._end()
                 self._start()
             text: str = self._ask({"values": values, "traced": traced}, self._seconds)["text"]
             return text

@@ -16,7 +16,7 @@ TYPICAL = 2048  # tokens of a sequence, for whose number the default pool has ro
 
 
 class QueueFull(Exception):  # noqa: N818  (the name that servers agree on)
-    """As many requests wait as may wait: try again later."""
+    """As many requests wait as may wait, or grammars: try again later."""
 
 
 class EngineDead(RuntimeError):  # noqa: N818

@@ -75,7 +75,7 @@ class Engine:
             raise UserError("a model alone has no text: give its tokenizer too")
         self.config = config = config or EngineConfig()
         keep_freed_memory(KEPT)
-        kernels.tune()
+        kernels.tune(model.device)
         model.fuse_projections()
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary = min(tokenizer.vocab_size, model.config.vocab_size)
@@ -133,7 +133,7 @@ class Engine:
 
         Raises:
             UserError: what can never be done, in one line.
-            QueueFull: `max_queue` requests wait.
+            QueueFull: `max_queue` requests wait, or others' grammars take too long.
         """
         request = self.prepare(prompt, params, salt=salt, on_output=on_output, embed=embed)
         self.enqueue(request)
@@ -156,6 +156,10 @@ class Engine:
             TextStream(self.tokenizer, params.stop), room,
             frozenset() if params.ignore_eos else self._stop_ids, salt, embed, on_output,
         )  # fmt: skip
+
+    def takes_long(self, params: SamplingParams) -> bool:
+        """Whether `prepare` has a grammar to compile first; may be called on any thread."""
+        return params.grammar is not None and not self._grammars.knows(params.grammar)
 
     def enqueue(self, request: Request) -> None:
         """The second half of `submit`."""

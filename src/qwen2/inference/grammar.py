@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from qwen2.common.errors import UserError
+from qwen2.inference.config import QueueFull
 from qwen2.inference.grammar_check import (
     Checker,
     GrammarError,
+    NoTimeError,
     compile_grammar,
     guarded,
     one_line,
@@ -117,11 +119,16 @@ class Grammars:
         self._tokens: LLTokenizer | None = None
         self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether it is compiled already, so that `constraint` takes no time."""
+        return grammar in self._kept
+
     def constraint(self, grammar: Grammar, ignore_eos: bool = False) -> Matching:
         """`grammar` at the beginning of a completion.
 
         Raises:
             UserError: it is none, too large, or takes too long; or llguidance is not installed.
+            QueueFull: nobody could look at it, for others take the time.
         """
         with self._lock:
             if (kept := self._kept.get(grammar)) is not None:
@@ -136,6 +143,8 @@ class Grammars:
             self._try(matcher.deep_copy())
         except (GrammarError, ConstraintError) as error:
             raise UserError(f"grammar: {error}") from None
+        except NoTimeError as error:
+            raise QueueFull(str(error)) from None
         with self._lock:
             self._kept[grammar] = matcher
             while len(self._kept) > KEPT:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 SECONDS = 3.0  # to compile a grammar, which takes milliseconds
+WAIT = 6.0  # seconds for one's turn: behind two that are given up
 START_SECONDS = 60.0  # to start the process: plenty on a busy machine
 MEMORY = 2 << 30  # bytes of address space, of the process that tries
 
@@ -41,6 +42,10 @@ JSON_DEFAULTS: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32
 
 class GrammarError(Exception):
     """What llguidance says of a grammar, in one line."""
+
+
+class NoTimeError(Exception):
+    """A grammar that nobody has looked at: others took the time, or there is no process."""
 
 
 def guarded(call: Callable[..., Any], *args: Any, **values: Any) -> Any:
@@ -121,10 +126,11 @@ class Checker:
         """Nothing, if the grammar can be compiled within bounds.
 
         Raises:
-            GrammarError: it cannot, or the process is busy with others for too long.
+            GrammarError: it cannot.
+            NoTimeError: it was not its turn for too long, or the process does not start.
         """
-        if not self._lock.acquire(timeout=SECONDS):
-            raise GrammarError("others are being compiled; try again later")
+        if not self._lock.acquire(timeout=WAIT):
+            raise NoTimeError("other grammars are being compiled; try again later")
         try:
             process = self._process
             if process is None or process.poll() is not None:
@@ -139,12 +145,17 @@ class Checker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         # -P: this file's folder is no place to import from, for its names are not those of others.
-        process = subprocess.Popen(
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, start_new_session=True,  # Ctrl-C is not for it
-        )  # fmt: skip
+        failed = NoTimeError("the process that compiles grammars does not start; try again later")
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, start_new_session=True,  # Ctrl-C is not for it
+            )  # fmt: skip
+        except OSError:  # no memory, or no more processes
+            raise failed from None
         weakref.finalize(self, _end, process)
-        _ask(process, self._vocabulary, START_SECONDS)
+        if _ask(process, self._vocabulary, START_SECONDS) is None:
+            raise failed
         return process
 
 

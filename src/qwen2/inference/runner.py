@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qwen2.model import kernels
 from qwen2.model.cache import KVStore
-from qwen2.model.decode_step import DecodeStep, can_step
+from qwen2.model.decode_step import DecodeStep
 from qwen2.model.decoder import Qwen2
 
 
@@ -46,7 +47,7 @@ class Runner:
     def __init__(self, model: Qwen2, store: KVStore, block_size: int) -> None:
         self.model, self.store = model, store
         self.step: DecodeStep | None = None
-        if can_step(model.config, model.dtype, model.device) is None:
+        if kernels.TABLE["step"].pick(model, store) == kernels.NATIVE_STEP:
             self.step = DecodeStep(model, store, block_size)
 
     @torch.inference_mode()

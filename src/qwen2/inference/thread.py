@@ -50,7 +50,7 @@ class EngineThread:
 
         Raises:
             UserError: what can never be done.
-            QueueFull: as many requests wait as may.
+            QueueFull: as many requests wait as may, or others' grammars take too long.
             EngineDead: the engine has failed, or is about to stop.
         """
         self._check_alive()

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwen2.model import kernels
+
 PLAIN_ROWS = 256  # queries whose scores exist at the same time in the plain path
 
 
@@ -53,13 +55,8 @@ def attend(parts: Sequence[Part]) -> Tensor:
     if len(parts) == 1:
         q, k, v = inputs
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal[0])
-    elif not _has_flash(inputs[0]):
-        triples = zip(inputs[::3], inputs[1::3], inputs[2::3], causal, strict=True)
-        out = merge(*zip(*(plain_part(*triple) for triple in triples), strict=True))
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        out = _Merged.apply(causal, *inputs)  # type: ignore[no-untyped-call]
     else:
-        out = _forward(causal, inputs)[0]
+        out = kernels.TABLE["merged attention"](*inputs, causal)
     if T == 1:
         return out.reshape(1, H, D).to(dtype)
     return out.to(dtype).view(K, H // K, T, D).permute(2, 0, 1, 3).reshape(T, H, D)
@@ -68,6 +65,22 @@ def attend(parts: Sequence[Part]) -> Tensor:
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
     """Outputs (…, T, D) and log-sum-exps (…, T) of parts -> the output over all, (…, T, D)."""
     return _merge(outs, lses)[0]
+
+
+def plain_parts(*operands: Any) -> Tensor:
+    """The plain reference: q, k and v of each part, see `plain_part`, and which are causal."""
+    *inputs, causal = operands
+    triples = zip(inputs[::3], inputs[1::3], inputs[2::3], causal, strict=True)
+    return merge(*zip(*(plain_part(*triple) for triple in triples), strict=True))
+
+
+def flash_parts(*operands: Any) -> Tensor:
+    """The same by torch's kernel that gives the lse along with the output."""
+    *inputs, causal = operands
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        merged: Tensor = _Merged.apply(causal, *inputs)  # type: ignore[no-untyped-call]
+        return merged
+    return _forward(causal, inputs)[0]
 
 
 def plain_part(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -109,12 +122,6 @@ def _heads_first(part: Part) -> tuple[Tensor, Tensor, Tensor]:
         return part.q.view(K, 1, H // K, D), k, v
     q = part.q.view(T, K, H // K, D).permute(1, 2, 0, 3)
     return q, k.expand(-1, H // K, -1, -1), v.expand(-1, H // K, -1, -1)
-
-
-def _has_flash(q: Tensor) -> bool:
-    """Whether torch has a kernel here that gives the lse along with the output."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.device.type == "cpu" or (q.device.type == "cuda" and half)
 
 
 def _forward(

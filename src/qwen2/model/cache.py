@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen2.model import kernels, native
+from qwen2.model import kernels
 from qwen2.model.attention import CAUSAL, Scheme
 from qwen2.model.config import ModelConfig
 from qwen2.model.packing import quantise_rows
@@ -155,11 +155,11 @@ class PagedAttention:
         queries, k = self.scheme.rotate(q, k, rotary)
         self.store.write(layer, self._new, k, v)
         kept = self.store.layer(layer, self._angles)
-        fast = native.can_attend(q, kept) and self.scheme.is_plain(layer)
+        plain = self.scheme.is_plain(layer)
         out, first = [], 0
         for place, count in zip(self._places, self.counts, strict=True):
             new = slice(first, first + count)
-            if fast:
+            if plain:
                 out.append(kernels.TABLE["attention"](queries[0][new], kept, place))
             else:
                 rotated = [q[new] for q in queries]

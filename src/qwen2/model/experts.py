@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen2.common.runtime import in_threads
+from qwen2.model import kernels
+
+_products = kernels.TABLE["expert products"]
+_outer_products = kernels.TABLE["expert gradients"]
 
 ENOUGH = 1 << 29
 """Multiplications from which products are computed in threads of their own, see `_for_each`."""
@@ -95,10 +99,12 @@ class _GroupedExperts(torch.autograd.Function):
         return dx.view(N, k, -1).sum(1), dgate_up, ddown, None, dweights
 
 
-def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """rows (M, A), the first counts[0] of them times matrices[0] of (E, A, B), ... -> (M, B)."""
-    if _has_kernel(rows, matrices):
-        return F.grouped_mm(rows, matrices, offs=counts.cumsum(0, dtype=torch.int32))
+def threaded_products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """rows (M, A), the first counts[0] of them times matrices[0] of (E, A, B), ... -> (M, B).
+
+    On the CPU `grouped_mm` is a loop of products too, but each into fresh memory: up to 1.3 times
+    slower than this going forward, and up to 6 times for gradients of weights.
+    """
     out = rows.new_empty(len(rows), matrices.shape[2])
 
     def product(expert: int, group: slice) -> None:
@@ -108,10 +114,8 @@ def _products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def _outer_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+def threaded_outer_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """left (M, A), right (M, B): for each expert, left.T @ right over its rows -> (E, A, B)."""
-    if _has_kernel(left, right):
-        return F.grouped_mm(left.t(), right, offs=counts.cumsum(0, dtype=torch.int32))
     out = left.new_empty(len(counts), left.shape[1], right.shape[1])
 
     def product(expert: int, group: slice) -> None:
@@ -150,16 +154,3 @@ def _for_each(
 
     size = -(-len(groups) // (4 * threads))  # several for each, as experts' shares differ
     in_threads(products, [(groups[i : i + size],) for i in range(0, len(groups), size)])
-
-
-def _has_kernel(*operands: Tensor) -> bool:
-    """Whether torch's grouped product is the better one: the choice is made here.
-
-    On the CPU it is a loop of products too, but each into fresh memory: up to 1.3 times slower
-    than ours going forward, and up to 6 times for gradients of weights. On CUDA it is one kernel,
-    for bf16 in rows of a multiple of 16 bytes.
-    """
-    return all(
-        o.is_cuda and o.dtype == torch.bfloat16 and all(size % 8 == 0 for size in o.shape[1:])
-        for o in operands
-    )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen2.common.runtime import on_huge_pages
@@ -18,9 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     One row of a decode step on the CPU is bound by reading the weight: see kernels.py.
     """
-    if x.shape[0] != 1 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    return kernels.TABLE["bf16 row"](x, weight, bias)
+    return kernels.TABLE["bf16 row" if len(x) == 1 else "bf16 rows"](x, weight, bias)
 
 
 class Linear(nn.Linear):

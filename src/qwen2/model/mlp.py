@@ -29,6 +29,4 @@ class MLP(nn.Module):
         if joint is None:
             gate, up = self.projections(x)
             return self.down_proj(F.silu(gate) * up)
-        if kernels.choosable(joint):
-            return self.down_proj(kernels.TABLE["swiglu"](joint))
-        return self.down_proj(kernels.plain_swiglu(joint))
+        return self.down_proj(kernels.TABLE["swiglu"](joint))

@@ -94,13 +94,11 @@ def _empty_int4(shape: tuple[int, ...]) -> Parts:
     return packed, scale, minimum
 
 
-def _product(operation: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The fastest kernel where there is a choice, which is for bf16 on the CPU, else `plain`."""
+def _product(operation: str) -> Callable[..., Tensor]:
+    """A product by the table of kernels."""
 
     def product(x: Tensor, *parts: Tensor | None) -> Tensor:
-        if kernels.choosable(x):
-            return kernels.TABLE[operation](x.contiguous(), *parts)
-        return plain(x, *parts)
+        return kernels.TABLE[operation](x, *parts)
 
     return product
 
@@ -111,7 +109,7 @@ INT8 = Format(
     _empty_int8,
     quantise_rows,
     dequantise_int8,
-    _product("int8 rows", int8_linear),
+    _product("int8 rows"),
 )
 INT4 = Format(
     "int4",
@@ -119,7 +117,7 @@ INT4 = Format(
     _empty_int4,
     search_int4,
     dequantise_int4,
-    _product("int4 rows", int4_linear),
+    _product("int4 rows"),
 )
 
 

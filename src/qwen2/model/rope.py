@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen2.model import kernels, native
+from qwen2.model import kernels
 from qwen2.model.config import Yarn
 
 Table = tuple[Tensor, Tensor]
@@ -51,9 +51,7 @@ class Rope:
 def rotate(x: Tensor, table: Table) -> Tensor:
     """Rotate every head of x (N, heads, D) by its token's angles."""
     cos, sin = table
-    if kernels.choosable(x) and cos.dtype == x.dtype and x.shape[-1] <= native.MOST_D:
-        return kernels.TABLE["rotate"](x, cos, sin)
-    return kernels.plain_rotate(x, cos, sin)
+    return kernels.TABLE["rotate"](x, cos, sin)
 
 
 def yarn_frequencies(plain: Tensor, theta: float, yarn: Yarn) -> Tensor:

@@ -191,13 +191,13 @@ def _meta_module(config: ModelConfig, stored: Collection[str], where: Path) -> Q
             f"{config.num_hidden_layers}"
         )
     try:
-        with torch.device("meta"), _WithoutInit():
+        with torch.device("meta"), WithoutInit():
             return Qwen2(config)
     except (RuntimeError, OverflowError, TypeError):
         raise UserError(f"{where}: the sizes in its configuration exceed any machine") from None
 
 
-class _WithoutInit(TorchFunctionMode):
+class WithoutInit(TorchFunctionMode):
     """Leave new parameters as they are: random numbers on meta import torch.compile, a second."""
 
     def __torch_function__(

@@ -195,7 +195,10 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
-        told = {404: "there is nothing at this path", 405: "this path has no such method"}
+        told = {
+            404: "there is nothing at this path; the API is at /v1, and /openapi.json lists all",
+            405: "this path has no such method",
+        }
         message = told.get(error.status_code, str(error.detail))
         error = ApiError(error.status_code, message, headers=error.headers)
     return error.response()
@@ -207,12 +210,15 @@ async def _on_bug(_: Request, error: Exception) -> Response:
 
 
 class _Counted:
-    """Counts answers by route, for the metrics."""
+    """Counts answers by route, for the metrics; and answers HEAD as GET, without the body."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._metrics = app, service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn, which knows better, sends no body
+
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # The route's own path, not the one asked for: strangers must not make labels.

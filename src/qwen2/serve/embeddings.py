@@ -50,7 +50,7 @@ def _jobs(service: Service, body: EmbeddingRequest) -> list[Job]:
         raise ApiError(400, "a text is empty", param="input")
     jobs = []
     for prompt in service.encode_prompts(body.input):
-        service.check_length(len(prompt), 0)
+        service.check_length(len(prompt), 0, "input")
         jobs.append(Job(prompt, SamplingParams(max_tokens=1), embed=True))
     return jobs
 

@@ -38,13 +38,15 @@ class Flight:
         self._gone = False
 
     def launch(self, jobs: Sequence[Job], salt: str) -> None:
-        """Submit all jobs, or none; on any thread.
+        """Submit all jobs, or none, on any thread; none for a client who has left.
 
         Raises:
             ApiError: a job can't be done (400), or not now (429, 503).
         """
         try:
             for index, job in enumerate(jobs):
+                if self._gone:
+                    return
                 request = self._engine.submit(
                     job.prompt,
                     job.params,

@@ -91,7 +91,9 @@ class Guard:
         name = re.sub(r":\d{1,5}$", "", host).lower()
         if self._settings.hosts is not None and name not in self._settings.hosts:
             raise ApiError(
-                403, "this server is reached under another name", code="host_not_allowed"
+                403,
+                f"this server is called {' or '.join(self._settings.hosts)}, not as the Host says",
+                code="host_not_allowed",
             )
         origins = [value for name, value in headers if name == b"origin"]
         if any(origin.partition(b"://")[2] != host.encode("latin-1") for origin in origins):

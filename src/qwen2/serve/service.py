@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -10,18 +11,20 @@ from typing import Any, TypeVar
 
 import qwen2
 from qwen2.common.errors import UserError
-from qwen2.inference import EngineThread, Grammar, SamplingParams
+from qwen2.inference import EngineThread, Grammar, QueueFull, SamplingParams
 from qwen2.serve.conversation import for_template, shown_tool
 from qwen2.serve.errors import ApiError
 from qwen2.serve.flight import Flight, Job, in_thread, translated
 from qwen2.serve.metrics import Metrics
-from qwen2.serve.protocol import Message, Sampling, Tool
+from qwen2.serve.protocol import ChatRequest, CompletionRequest, Message, Sampling, Tool
 from qwen2.serve.settings import Settings
 from qwen2.tokenizer.chatml import ChatTemplate
 
 T = TypeVar("T")
 
 PREPARING = 4  # threads that render and tokenize: little of it holds Python's lock
+COMPILING = 4  # further threads, for requests with a new grammar, which may take seconds
+MOST_COMPILING = 16  # such requests at a time
 
 
 class Service:
@@ -40,6 +43,8 @@ class Service:
         self.fingerprint = f"qwen2-{qwen2.__version__}"
         self._template = ChatTemplate.of(self.tokenizer, bounded=True)
         self._pool = ThreadPoolExecutor(PREPARING, "prepare")
+        self._compilers = ThreadPoolExecutor(COMPILING, "compile")
+        self._to_compile = threading.BoundedSemaphore(MOST_COMPILING)
 
     def check_model(self, name: str | None) -> str:
         """The model's name for the answer; the only one may be left out.
@@ -50,7 +55,8 @@ class Service:
         if name is not None and name not in self.settings.names:
             raise ApiError(
                 404,
-                f"there is no model {name!r} here; there is {', '.join(self.settings.names)}",
+                f"there is no model {name!r} here; "
+                f"there is {', '.join(map(repr, self.settings.names))}",
                 param="model",
                 code="model_not_found",
             )
@@ -59,11 +65,31 @@ class Service:
     async def launch(self, make_jobs: Callable[[], Sequence[Job]], salt: str) -> Flight:
         """Make jobs and submit them, on another thread, for long texts take long to encode.
 
+        New grammars have threads of their own: nobody else waits for them.
+
         Raises:
-            ApiError: something about them can't be.
+            ApiError: something about them can't be, or not now.
         """
         flight = Flight(self.engine, self.metrics)
-        await in_thread(self._pool, lambda: flight.launch(_told(make_jobs), salt), flight.cancel)
+
+        def begin() -> Sequence[Job]:
+            jobs = _told(make_jobs)
+            if any(self.engine.engine.takes_long(job.params) for job in jobs):
+                return jobs
+            flight.launch(jobs, salt)
+            return ()
+
+        if jobs := await in_thread(self._pool, begin, flight.cancel):
+            if not self._to_compile.acquire(blocking=False):
+                raise translated(QueueFull("too many new grammars at a time; try again later"))
+
+            def compile_and_launch() -> None:
+                try:
+                    flight.launch(jobs, salt)
+                finally:
+                    self._to_compile.release()
+
+            await in_thread(self._compilers, compile_and_launch, flight.cancel)
         return flight
 
     async def prepare(self, work: Callable[[], T]) -> T:
@@ -121,7 +147,8 @@ class Service:
             ApiError: prompt and completion would not fit into the context, which is never cut.
         """
         wanted = max_tokens or max(1, self.context - len(prompt))
-        self.check_length(len(prompt), wanted)
+        about = {ChatRequest: "messages", CompletionRequest: "prompt"}
+        self.check_length(len(prompt), wanted, about.get(type(body), "input"))
         given = {
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_k": max(0, body.top_k or 0),  # other servers say -1 for all
@@ -143,20 +170,21 @@ class Service:
             for seed in seeds
         ]
 
-    def check_length(self, prompt: int, completion: int) -> None:
+    def check_length(self, prompt: int, completion: int, param: str) -> None:
         """An `ApiError` with the numbers, if so many tokens exceed the context."""
         if prompt + completion > self.context:
             raise ApiError(
                 400,
                 f"the context is {self.context} tokens, but the prompt has {prompt} and the "
                 f"completion may have {completion}: {prompt + completion} in all; shorten either",
-                param="messages",
+                param=param,
                 code="context_length_exceeded",
             )
 
     def close(self) -> None:
         """End the threads and the template's process."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._compilers):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._template.close()
 
 
