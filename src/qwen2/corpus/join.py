@@ -36,9 +36,9 @@ class Partitions:
 
     def add(self, band: int, keys: U64, rows: I64) -> None:
         """Records of a band: keys (n,) or (n, words), the first word uniform, and rows (n,)."""
-        records = np.column_stack([keys.reshape(len(rows), self.words), rows.astype(np.uint64)])
-        of = (keys.reshape(len(rows), -1)[:, 0] >> np.uint64(32)) * np.uint64(self.ranges)
-        of >>= np.uint64(32)
+        keys = keys.reshape(len(rows), self.words)
+        records = np.column_stack([keys, rows.astype(np.uint64)])
+        of = ((keys[:, 0] >> np.uint64(32)) * np.uint64(self.ranges)) >> np.uint64(32)
         records = records[np.argsort(of, kind="stable")]
         cuts = np.searchsorted(np.sort(of), np.arange(1, self.ranges, dtype=np.uint64))
         for i, part in enumerate(np.split(records, cuts)):

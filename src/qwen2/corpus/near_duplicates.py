@@ -57,7 +57,7 @@ class Found(Config):
     clusters: int
     """Of two documents at least."""
     ends: tuple[int, ...]
-    """Of each new file, in the order in which they were given, the end of its rows in dropped.npy."""
+    """Of each new file, in the order given, the end of its rows in dropped.npy."""
 
 
 def find_duplicates(
