@@ -19,7 +19,8 @@ from qwen2.corpus import Document, join, near_duplicates, text_digest
 from qwen2.corpus.join import Components, Partitions
 from qwen2.corpus.minhash import MinHash, has_words, similarity
 from qwen2.corpus.near_duplicates import CLUSTERS, dropped_rows, find_duplicates, without
-from qwen2.corpus.sketches import Sketches, write_sketches
+from qwen2.corpus.rows import Rows
+from qwen2.corpus.sketches import sketch_schema, write_sketches
 
 FAMILY = MinHash()
 
@@ -196,7 +197,7 @@ def test_files_of_another_family_are_refused(tmp_path: Path) -> None:
 def test_taking_rows_out_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen2.corpus.sketches.BATCH_DOCUMENTS", 4)
     documents = corpus(30)
-    sketches = Sketches.open(write(tmp_path, "x", documents, 3), FAMILY)
+    sketches = Rows.open(write(tmp_path, "x", documents, 3), sketch_schema(FAMILY))
     assert len(sketches) == 30
     rows = np.array([29, 0, 7, 7, 12])
     taken = sketches.take(rows, ["id", "bytes"])

@@ -30,7 +30,8 @@ from qwen2.common.progress import Progress
 from qwen2.corpus.documents import Document
 from qwen2.corpus.join import I64, Components, Partitions
 from qwen2.corpus.minhash import MinHash, has_words, similarity
-from qwen2.corpus.sketches import Sketches, fixed_size, signatures_of
+from qwen2.corpus.rows import Rows
+from qwen2.corpus.sketches import fixed_size, signatures_of, sketch_schema
 
 CLUSTERS, DROPPED, SUMMARY = "clusters.parquet", "dropped.npy", "summary.json"
 RULE = [("older", "descending"), ("priority", "descending"), ("bytes", "descending"),
@@ -71,15 +72,15 @@ def find_duplicates(
     Raises:
         UserError: a file is damaged or of another family, `folder` exists, the disk is full.
     """
-    sketches = Sketches.open([*files, *older], family)
+    sketches = Rows.open([*files, *older], sketch_schema(family))
     new = int(sketches.file_rows[len(files)])
     with durable_folder(folder) as partial:
-        sets = _connect(sketches, partial)
+        sets = _connect(sketches, family, partial)
         drop = np.zeros(new, bool)
         clusters = 0
         with pq.ParquetWriter(partial / CLUSTERS, TABLE, compression="zstd") as writer:
             for rows, roots in _clusters(sets):
-                table, gone, count = _judge(sketches, rows, roots, new)
+                table, gone, count = _judge(sketches, family, rows, roots, new)
                 writer.write_table(table)
                 drop[gone] = True
                 clusters += count
@@ -109,9 +110,9 @@ def without(documents: Iterable[Document], dropped: I64) -> Iterator[Document]:
     return (document for i, document in enumerate(documents) if i not in gone)
 
 
-def _connect(sketches: Sketches, folder: Path) -> Components:
+def _connect(sketches: Rows, family: MinHash, folder: Path) -> Components:
     """Connect all rows that share a digest or a key of a band."""
-    family, rows = sketches.family, len(sketches)
+    rows = len(sketches)
     bands = Partitions(_subfolder(folder, "bands"), family.bands, rows)
     digests = Partitions(_subfolder(folder, "digests"), 1, rows, words=2)
     with Progress("compare", 2 * rows) as progress:
@@ -158,7 +159,7 @@ def _clusters(sets: Components) -> Iterator[tuple[I64, I64]]:
 
 
 def _judge(
-    sketches: Sketches, rows: I64, roots: I64, new: int
+    sketches: Rows, family: MinHash, rows: I64, roots: I64, new: int
 ) -> tuple[pa.Table, NDArray[np.int64], int]:
     """The table of these clusters, the rows that go, and how many clusters there are."""
     facts = sketches.take(rows, ["id", "priority", "bytes"])
@@ -181,7 +182,7 @@ def _judge(
             facts["id"].filter(pa.array(shown)),
             pa.array(first[shown]),
             pa.array(rows[shown] >= new),
-            pa.array(_similarities(sketches, rows[shown], best[shown])),
+            pa.array(_similarities(sketches, family, rows[shown], best[shown])),
             names.take(pa.array(files)),
         ],
         schema=TABLE,
@@ -189,7 +190,7 @@ def _judge(
     return table, rows[shown & ~first], int((~alone).sum())
 
 
-def _similarities(sketches: Sketches, a: I64, b: I64) -> NDArray[np.float64]:
+def _similarities(sketches: Rows, family: MinHash, a: I64, b: I64) -> NDArray[np.float64]:
     """Estimated Jaccard similarity of rows a[i] and b[i]; of equal digests 1."""
     parts = [np.empty(0)]
     for low in range(0, len(a), 1 << 16):
@@ -197,8 +198,8 @@ def _similarities(sketches: Sketches, a: I64, b: I64) -> NDArray[np.float64]:
             sketches.take(x[low : low + (1 << 16)], ["digest", "signature"]) for x in (a, b)
         )
         estimated = similarity(
-            signatures_of(ours["signature"], sketches.family),
-            signatures_of(theirs["signature"], sketches.family),
+            signatures_of(ours["signature"], family),
+            signatures_of(theirs["signature"], family),
         )
         equal = (
             fixed_size(ours["digest"].combine_chunks(), 16)
