@@ -24,16 +24,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from qwen2.common.config import Config
-from qwen2.corpus.candidates import CELLS, Candidates
+from qwen2.corpus.candidates import I64, LONGEST, STEPS, Candidates, step_of
 from qwen2.corpus.lcs import lcs_pairs, length_of, positions
 from qwen2.corpus.shingles import U64
 from qwen2.corpus.stripped import Encode, Stripped
 
-PIECE = CELLS[-1]  # tokens of a test sequence at most
+Span = tuple[int, int]  # characters
 REMEMBERED = 1 << 14  # test sequences whose bits are kept
 
 
@@ -50,7 +49,7 @@ class LcsRule(Config):
 
 
 @dataclass(frozen=True)
-class TestItem:
+class EvalItem:
     """One item of a test set, as the text that a model must not have seen."""
 
     test_set: str
@@ -72,9 +71,9 @@ class Hit:
     """Of the sequence s_t: the document or the stretch of it."""
     item_tokens: int
     """Of the sequence s_e: the item, or the piece or stretch of it."""
-    document_span: tuple[int, int]
+    document_span: Span
     """Characters from the first to the last word in common."""
-    item_span: tuple[int, int]
+    item_span: Span
     matched: str
     """The words in common as they are in the document; … where it has others between."""
 
@@ -86,27 +85,31 @@ class _Match:
     document: tuple[int, int]  # tokens of s_t
     piece: tuple[int, int]  # tokens of s_e in its piece
 
+    def rank(self) -> tuple[int, int, tuple[int, int], tuple[int, int]]:
+        """The longest first, then the first."""
+        return -self.length, self.sequence, self.document, self.piece
+
 
 class Decontaminator:
     """Finds the items of test sets in documents."""
 
     def __init__(
-        self, items: Iterable[TestItem], encode: Encode, rule: LcsRule | None = None
+        self, items: Iterable[EvalItem], encode: Encode, rule: LcsRule | None = None
     ) -> None:
         """`encode`: token ids of a string. Items of too few tokens cannot be found; see `short`."""
         self.rule = rule or LcsRule()
         self.stripped = Stripped(encode)
         self.items = list(items)
-        self.short: list[TestItem] = []
+        self.short: list[EvalItem] = []
         self._pieces: list[tuple[int, int]] = []  # item, first token
-        sequences: list[NDArray[np.int64]] = []
+        sequences: list[I64] = []
         for number, item in enumerate(self.items):
             ids = self.stripped.ids(item.text)
             if len(ids) < self.rule.tokens:
                 self.short.append(item)
-            for start in _starts(len(ids), PIECE, PIECE // 2):
+            for start in _starts(len(ids), LONGEST, LONGEST // 2):
                 self._pieces.append((number, start))
-                sequences.append(ids[start : start + PIECE])
+                sequences.append(ids[start : start + LONGEST])
         self._index = Candidates(sequences, self.rule.need)
         self._bits: dict[int, dict[int, int]] = {}
 
@@ -114,13 +117,13 @@ class Decontaminator:
         """Of each text, its hits in the order of the items, one an item: the longest."""
         documents = [self._index.code(self.stripped.ids(text)) for text in texts]
         matches: list[dict[int, _Match]] = [{} for _ in texts]
-        for number, sequence, low, high in self._index.inside(documents):
-            self._note(matches[number], self._in_document(documents[number], sequence, low, high))
+        for number, sequence, start in self._index.inside(documents):
+            self._note(matches[number], self._in_document(documents[number], sequence, start))
         for number, document in enumerate(documents):
             for sequence in self._index.around(document).tolist():
                 self._note(matches[number], self._in_item(document, sequence))
         return [
-            [self._evidence(text, document, match) for _, match in sorted(of.items())]
+            self._evidence(text, document, [match for _, match in sorted(of.items())])
             for text, document, of in zip(texts, documents, matches, strict=True)
         ]
 
@@ -128,52 +131,37 @@ class Decontaminator:
         if match is not None:
             item = self._pieces[match.sequence][0]
             known = of.get(item)
-            order = (-match.length, match.sequence, match.document, match.piece)
-            if known is None or order < (
-                -known.length, known.sequence, known.document, known.piece
-            ):  # fmt: skip
+            if known is None or match.rank() < known.rank():
                 of[item] = match
 
-    def _in_document(
-        self, document: NDArray[np.int64], sequence: int, low: int, high: int
-    ) -> _Match | None:
-        """The best stretch of `document` that starts from `low` to `high`, if it is enough."""
+    def _in_document(self, document: I64, sequence: int, start: int) -> _Match | None:
+        """The match of the stretch of `document` from `start`, if it is enough."""
         size = int(self._index.lengths[sequence])
-        bits = self._bits_of(sequence)
-        need = self.rule.need(size)
-        starts = _starts(len(document), 2 * size, max(1, size // 2), low, high)
-        best: tuple[int, int] | None = None
-        if not starts:
-            return None
-        tokens = document[low : starts[-1] + 2 * size].tolist()
-        matches = [bits.get(token, 0) for token in tokens]
-        for start in starts:
-            here = [x for x in matches[start - low : start - low + 2 * size] if x]
-            if len(here) >= need:
-                length = length_of(here, size)
-                if length >= need and (best is None or length > best[0]):
-                    best = length, start
-        if best is None:
-            return None
-        end = min(best[1] + 2 * size, len(document))
-        return _Match(best[0], sequence, (best[1], end), (0, size))
+        end = min(start + STEPS * step_of(size), len(document))
+        length = self._length(document[start:end].tolist(), self._bits_of(sequence), size)
+        return _Match(length, sequence, (start, end), (0, size)) if length else None
 
-    def _in_item(self, document: NDArray[np.int64], sequence: int) -> _Match | None:
+    def _in_item(self, document: I64, sequence: int) -> _Match | None:
         """The best stretch of the test sequence that has the document, if it is enough."""
         size = len(document)
         bits = positions(document.tolist())
         coded = self._index.coded[sequence].tolist()
-        best: tuple[int, int] | None = None
-        for start in _starts(len(coded), 2 * size, max(1, size // 2)):
-            here = [bits[x] for x in coded[start : start + 2 * size] if x in bits]
-            if len(here) >= self.rule.need(size):
-                length = length_of(here, size)
-                if length >= self.rule.need(size) and (best is None or length > best[0]):
-                    best = length, start
-        if best is None:
+        stretch = STEPS * step_of(size)
+        best = (0, 0)
+        for start in _starts(len(coded), stretch, step_of(size)):
+            length = self._length(coded[start : start + stretch], bits, size)
+            best = max(best, (length, -start))
+        if not best[0]:
             return None
-        end = min(best[1] + 2 * size, len(coded))
-        return _Match(best[0], sequence, (0, size), (best[1], end))
+        piece = -best[1], min(-best[1] + stretch, len(coded))
+        return _Match(best[0], sequence, (0, size), piece)
+
+    def _length(self, longer: Sequence[int], bits: dict[int, int], size: int) -> int:
+        """LCS of `longer` and the sequence of `size` tokens with these bits; 0 if not enough."""
+        need = self._index.needs[size]
+        matches = [bits[token] for token in longer if token in bits]
+        length = length_of(matches, size) if len(matches) >= need else 0
+        return length if length >= need else 0
 
     def _bits_of(self, sequence: int) -> dict[int, int]:
         if sequence not in self._bits:
@@ -182,18 +170,20 @@ class Decontaminator:
             self._bits[sequence] = positions(self._index.coded[sequence].tolist())
         return self._bits[sequence]
 
-    def _evidence(self, text: str, document: NDArray[np.int64], match: _Match) -> Hit:
+    def _evidence(self, text: str, document: I64, matches: Sequence[_Match]) -> list[Hit]:
+        in_text = self.stripped.spans(text) if matches else []
+        return [self._hit(text, in_text, document, match) for match in matches]
+
+    def _hit(self, text: str, in_text: Sequence[Span], document: I64, match: _Match) -> Hit:
         number, first = self._pieces[match.sequence]
         item = self.items[number]
         ours = document[slice(*match.document)].tolist()
         theirs = self._index.coded[match.sequence][slice(*match.piece)].tolist()
         pairs = lcs_pairs(theirs, ours)
         assert len(pairs) == match.length
-        in_text = self.stripped.spans(text)
         in_item = self.stripped.spans(item.text)
         words = [in_text[match.document[0] + j] for _, j in pairs]
         asked = [in_item[first + match.piece[0] + i] for i, _ in pairs]
-        all_words = list(dict.fromkeys(in_text[slice(*match.document)]))
         return Hit(
             test_set=item.test_set,
             item=item.id,
@@ -203,13 +193,13 @@ class Decontaminator:
             item_tokens=len(theirs),
             document_span=(words[0][0], words[-1][1]),
             item_span=(asked[0][0], asked[-1][1]),
-            matched=_quote(text, words, all_words),
+            matched=_quote(text, words, in_text[slice(*match.document)]),
         )
 
 
-def _quote(text: str, words: Sequence[tuple[int, int]], all_words: list[tuple[int, int]]) -> str:
-    """The words, with … where others stand between."""
-    place = {word: i for i, word in enumerate(all_words)}
+def _quote(text: str, words: Sequence[Span], of: Sequence[Span]) -> str:
+    """The words, with … where others stand between; `of`: those of the tokens of the stretch."""
+    place = {word: i for i, word in enumerate(dict.fromkeys(of))}
     said: list[str] = []
     last = -1
     for word in dict.fromkeys(words):
@@ -220,19 +210,15 @@ def _quote(text: str, words: Sequence[tuple[int, int]], all_words: list[tuple[in
     return " ".join(said)
 
 
-def _starts(
-    size: int, stretch: int, step: int, low: int = 0, high: int | None = None
-) -> Sequence[int]:
-    """Starts from `low` to `high` of stretches `step` apart, until one reaches the end."""
-    last = -(-max(0, size - stretch) // step) * step
-    stop = last + 1 if high is None else min(high, last + 1)
-    return range(-(-low // step) * step, stop, step)
+def _starts(size: int, stretch: int, step: int) -> range:
+    """Starts of stretches `step` apart, until one reaches the end."""
+    return range(0, max(0, size - stretch) + step, step)
 
 
 class NgramOverlap:
     """Any n-gram of stripped tokens that a text has in common with a test item."""
 
-    def __init__(self, items: Iterable[TestItem], encode: Encode, n: int = 13) -> None:
+    def __init__(self, items: Iterable[EvalItem], encode: Encode, n: int = 13) -> None:
         self.stripped, self.n = Stripped(encode), n
         self.items = list(items)
         self._ids = [self.stripped.ids(item.text) for item in self.items]
@@ -244,7 +230,7 @@ class NgramOverlap:
         self._item = np.repeat(np.arange(len(sizes)), sizes)[order]
         self._place = np.concatenate([np.empty(0, np.int64), *map(np.arange, sizes)])[order]
 
-    def hits(self, text: str) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+    def hits(self, text: str) -> Iterator[tuple[int, Span, Span]]:
         """Of each item that shares an n-gram with `text`: its number in `items`, the first such
         n-gram of `text` as a span of characters, and its span in the item."""
         ids = self.stripped.ids(text)
@@ -263,7 +249,7 @@ class NgramOverlap:
                     yield number, (ours[0][0], ours[-1][1]), (theirs[0][0], theirs[-1][1])
 
 
-def ngram_hashes(ids: NDArray[np.int64], n: int) -> U64:
+def ngram_hashes(ids: I64, n: int) -> U64:
     """(max(0, len(ids) - n + 1),): a hash of each n-gram."""
     count = max(0, len(ids) - n + 1)
     hashes = np.zeros(count, np.uint64)
