@@ -152,10 +152,11 @@ WORD = st.integers(0, 30).map(lambda i: "the" if i < 8 else f"q{i}")
 @given(
     st.lists(st.lists(WORD, min_size=10, max_size=45), min_size=1, max_size=6),
     st.lists(st.lists(WORD, max_size=120), min_size=1, max_size=4),
+    st.sampled_from([0.01, 0.5, 1.0]),
     st.data(),
 )
 def test_equals_a_search_of_all_stretches(
-    items: list[list[str]], texts: list[list[str]], data: st.DataObject
+    items: list[list[str]], texts: list[list[str]], spare: float, data: st.DataObject
 ) -> None:
     """Also where every word is frequent, and with copies that are damaged."""
     for i, text in enumerate(texts):
@@ -164,6 +165,7 @@ def test_equals_a_search_of_all_stretches(
         texts[i] = text + [word for j, word in enumerate(copied) if j not in gone]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates, "SEGMENT", 64)
+        patch.setattr(candidates, "SPARE", spare)
         found = search(items, *texts)
         expected = [
             [(str(i), n) for i, words in enumerate(items) if (n := reference(text, words))]
@@ -188,6 +190,22 @@ def reference(text: list[str], words: list[str]) -> int:
         starts = [s for low in range(0, len(longer), size) for s in range(low, low + size, step)]
     best = max((lcs_length(shorter, longer[s : s + STEPS * step]) for s in starts), default=0)
     return best if best >= RULE.need(len(shorter)) else 0
+
+
+@pytest.mark.parametrize("spare", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("start", [0, 20, 100, 480, 500])
+def test_just_enough_spread_over_a_whole_stretch(
+    spare: float, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "SPARE", spare)
+    question = item(40)  # stretches of 80 tokens, 20 apart
+    places = [round(i * 79 / 23) for i in range(24)]
+    text = filler(900)
+    for place, word in zip(places, question[8:32], strict=True):
+        text[start + place] = word
+    assert search([question], text) == [[("0", 24)]]
+    text[start + places[7]] = "w"
+    assert search([question], text) == [[]]
 
 
 def test_few_bins_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
