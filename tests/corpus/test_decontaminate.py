@@ -14,9 +14,9 @@ from qwen2.corpus import candidates
 from qwen2.corpus.candidates import SEGMENT, STEPS, Candidates, step_of
 from qwen2.corpus.decontaminate import (
     Decontaminator,
+    EvalItem,
     LcsRule,
     NgramOverlap,
-    EvalItem,
     ngram_hashes,
 )
 from qwen2.corpus.lcs import lcs_length
@@ -233,7 +233,8 @@ def test_the_filter_leaves_out_nearly_all() -> None:
 TOKENIZER = Tokenizer.qwen2()
 QUESTION = (
     "Natalia's bakery sold 48 loaves to her friends in April, and then it sold half as many "
-    "in May. How many loaves did the bakery sell altogether in April and May, and what did they weigh?"
+    "in May. How many loaves did the bakery sell altogether in April and May, and what did they "
+    "weigh?"
 )
 PROSE = (
     "The museum opened its doors again after two years of repairs. Visitors from the whole region "
