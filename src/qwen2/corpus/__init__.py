@@ -1,4 +1,4 @@
-"""From files to documents: collected, deduplicated, split into train and held-out."""
+"""From files to documents: collected, deduplicated, decontaminated, split."""
 
 from qwen2.corpus.collect import (
     HELD_OUT,
@@ -12,26 +12,50 @@ from qwen2.corpus.collect import (
     collect_local,
     this_machine,
 )
+from qwen2.corpus.decontaminate import Decontaminator, EvalItem, Hit, LcsRule, NgramOverlap
 from qwen2.corpus.dedup import deduplicate, text_digest
 from qwen2.corpus.documents import Document, read_documents, write_documents
+from qwen2.corpus.minhash import MinHash
+from qwen2.corpus.near_duplicates import dropped_rows, find_duplicates, without
+from qwen2.corpus.paragraphs import (
+    ParagraphRule,
+    find_repeated,
+    without_repeated,
+    write_paragraphs,
+)
+from qwen2.corpus.sketches import write_sketches
 from qwen2.corpus.split import held_out_keys, split_key
 
 __all__ = [
     "HELD_OUT",
     "SUMMARY",
     "TRAIN",
+    "Decontaminator",
     "Document",
+    "EvalItem",
+    "Hit",
+    "LcsRule",
     "LocalConfig",
     "Megabytes",
+    "MinHash",
+    "NgramOverlap",
+    "ParagraphRule",
     "Places",
     "Tally",
     "build_corpus",
     "collect_local",
     "deduplicate",
+    "dropped_rows",
+    "find_duplicates",
+    "find_repeated",
     "held_out_keys",
     "read_documents",
     "split_key",
     "text_digest",
     "this_machine",
+    "without",
+    "without_repeated",
     "write_documents",
+    "write_paragraphs",
+    "write_sketches",
 ]
