@@ -150,8 +150,8 @@ def bootstrap_exponential(
 
 def fit_linear(mixtures: Floats, losses: Floats) -> LinearLaw:
     """Least squares on mixtures (N, D) and losses (N, K); the smallest solution where N < D."""
-    solution: Floats = np.linalg.lstsq(mixtures, losses, rcond=None)[0]  # (D, K)
-    return LinearLaw(solution.T)
+    solution = np.linalg.lstsq(mixtures, losses, rcond=None)[0]  # (D, K)
+    return LinearLaw(solution.T.astype(np.float64))
 
 
 def fit_boosted(mixtures: Floats, losses: Floats, seed: int = 0) -> BoostedLaw:
