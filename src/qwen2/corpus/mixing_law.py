@@ -312,13 +312,13 @@ class _Fits:
             trial = parameters + np.linalg.solve(normal, downhill[..., None])[..., 0]
             new, new_raised, new_residual = self._objective(trial)
             better = new < objective
-            gained = np.where(better, objective - new, 0.0) > 1e-10 * (objective + 1e-12)
+            gained = np.where(better, objective - new, 0.0) > 1e-8 * (objective + 1e-10)
             parameters = np.where(better[:, None], trial, parameters)
             objective = np.where(better, new, objective)
             raised = np.where(better[:, None], new_raised, raised)
             residual = np.where(better[:, None], new_residual, residual)
-            damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-12, 1e9)
-            if not (gained | (~better & (damping < 1e6))).any():
+            damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-6, 1e9)
+            if not (gained | (~better & (damping < 1e4))).any():
                 break
         return objective, parameters
 
