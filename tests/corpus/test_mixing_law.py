@@ -152,6 +152,8 @@ def test_the_choice_is_near_the_minimum_and_its_gain_is_true() -> None:
     gain = choice.gains["uniform"]
     assert gain.low < gain.expected < gain.high
     assert gain.expected == pytest.approx(true[0] - true[1], abs=0.05)
+    alone = choose(fitted, bounds, uniform(4), np.ones(3), rivals)
+    assert alone.weights == pytest.approx(alone.minimum, abs=0.03)
     again = choose(fitted, bounds, uniform(4), np.ones(3), rivals, bootstraps)
     assert (again.weights == choice.weights).all()
 

@@ -1,11 +1,12 @@
 """The mixture that a law predicts to be best, and how sure that is.
 
 The loss of a mixture is the mean of its predicted losses over the targets, by their importance.
-Under the exponential law it is convex in the mixture, so descent finds the one minimum; but a
-minimum of a noisy fit lies too far out. So, as RegMix does, many mixtures are drawn within the
-bounds, some around the natural one and some around the minimum, and the best of them averaged: the
-bounds are convex, so the average is within them too. Over bootstraps of the proxies the gain that
-is predicted has its spread.
+Under the exponential law it is convex in the mixture, so descent finds the one minimum; but the
+minimum of a noisy fit lies too far out. So many mixtures are drawn within the bounds, around the
+natural one and around the minimum, and the best of them averaged, as RegMix does; and this for
+every bootstrap of the proxies, whose choices are averaged again. The bounds are convex, so the
+average is within them, and where the true loss is convex too it is no worse than the choices are on
+average. Over the same bootstraps the gain that is predicted has its spread.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Floats = NDArray[np.float64]
 
 CANDIDATES = 20_000
 AVERAGED = 100  # of them
-NEAR = 200.0  # concentration of the candidates around the minimum
+NEAR = (20.0, 200.0)  # concentrations of the candidates around the minimum
 DESCENT_STEPS = 500
 
 
@@ -67,7 +68,8 @@ def choose(
         prior: (D,) mixture that candidates are drawn around.
         importance: (K,) of the targets; normalised here.
         rivals: mixtures (D,) to state the gain against.
-        bootstraps: laws of resampled proxies; without them a gain has no spread.
+        bootstraps: laws of resampled proxies; without them a gain has no spread, and the choice is
+            by `law` alone.
     """
     weighing = importance / importance.sum()
     random = np.random.default_rng(seed)
@@ -79,10 +81,14 @@ def choose(
     least: Floats | None = None
     if isinstance(law, ExponentialLaw):
         least = minimum(law, bounds, prior, weighing)
-        drawn.append(random.dirichlet(NEAR * np.maximum(least, 1e-4), CANDIDATES // 2))
+        around = np.maximum(least, 0.01)
+        drawn += [random.dirichlet(near * around, CANDIDATES // 2) for near in NEAR]
     candidates = bounds.project(np.concatenate(drawn))
-    losses = law.predict(candidates) @ weighing
-    best = candidates[np.argsort(losses, kind="stable")[:AVERAGED]].mean(axis=0)
+    choices = []
+    for judge in bootstraps or [law]:
+        losses = judge.predict(candidates) @ weighing
+        choices.append(candidates[np.argsort(losses, kind="stable")[:AVERAGED]].mean(axis=0))
+    best = bounds.project(np.mean(choices, axis=0))  # against rounding
     return Choice(
         best,
         best if least is None else least,
