@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2.common.plot import HEIGHT, WIDTH, bar_chart, line_chart, ticks
+from qwen2.common.plot import HEIGHT, WIDTH, bar_chart, line_chart, scatter_chart, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -65,3 +65,13 @@ def test_bars_have_the_height_of_their_values() -> None:
 def test_a_chart_of_nothing_is_still_a_chart() -> None:
     ElementTree.fromstring(line_chart({}, "x", "y"))
     ElementTree.fromstring(line_chart({"a": []}, "x", "y"))
+
+
+def test_dots_on_the_diagonal_are_where_both_axes_say_the_same() -> None:
+    chart = ElementTree.fromstring(scatter_chart({"a": [(0, 0), (1, 1)], "b": [(0, 1)]}, "x", "y"))
+    dots = [(float(d.get("cx", 0)), float(d.get("cy", 0))) for d in chart.iter(f"{SVG}circle")]
+    dashed = next(d for d in chart.iter(f"{SVG}line") if d.get("stroke-dasharray"))
+    assert dots[0] == (float(dashed.get("x1", 0)), float(dashed.get("y1", 0)))
+    assert dots[1] == (float(dashed.get("x2", 0)), float(dashed.get("y2", 0)))
+    assert dots[2] == (dots[0][0], dots[1][1])
+    assert "<circle" not in scatter_chart({}, "x", "y")

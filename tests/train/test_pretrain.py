@@ -272,3 +272,9 @@ def test_a_mixture_goes_in_and_a_mixture_comes_out(
     assert longer.model is not None
     after = load_config(longer.model)
     assert (after.moe, after.max_position_embeddings) == (moe, 64)
+
+
+def test_weights_of_kinds_that_are_not_there_are_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="weights: no source 'code'; there are prose"):
+        pretrain(PretrainRecipe.parse(recipe | {"weights": {"code": 0.5, "prose": 0.5}}))
+    assert not Path(recipe["out"]).exists(), "told before anything is written"

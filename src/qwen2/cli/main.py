@@ -12,6 +12,7 @@ from qwen2.cli import (
     bench,
     chat,
     convert,
+    corpus,
     doctor,
     generate,
     quickstart,
@@ -57,6 +58,7 @@ app.command()(serve.serve)
 app.command()(score.score)
 app.command()(convert.convert)
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(corpus.app, name="corpus")
 app.command()(train.train)
 app.command()(upcycle.upcycle)
 app.command()(doctor.doctor)

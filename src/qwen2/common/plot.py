@@ -1,4 +1,4 @@
-"""Charts as SVG text, to stand inside a page or alone: lines over x, and grouped bars.
+"""Charts as SVG text, to stand inside a page or alone: lines over x, dots, and grouped bars.
 
 Colours come from CSS variables with fallbacks, so that a page can have a dark side.
 """
@@ -40,6 +40,30 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places
             ]
+    return _frame("".join(parts), x_label, y_label, list(series))
+
+
+def scatter_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
+    """Dots of (x, y) points by name, and the diagonal on which both are equal."""
+    values = [v for points in series.values() for point in points for v in point]
+    if not values:
+        return _frame("", x_label, y_label, [])
+    marks = ticks(min(values), max(values))
+    x_of, y_of = _scale(marks, LEFT, WIDTH - RIGHT), _scale(marks, HEIGHT - BOTTOM, TOP)
+    parts = [_x_tick(x_of(mark), _number(mark)) for mark in marks]
+    parts += [_y_tick(y_of(mark), _number(mark)) for mark in marks]
+    low, high = marks[0], marks[-1]
+    parts.append(
+        f'<line x1="{x_of(low):.1f}" y1="{y_of(low):.1f}" x2="{x_of(high):.1f}" '
+        f'y2="{y_of(high):.1f}" stroke="var(--ink,#333)" stroke-dasharray="4 4"/>'
+    )
+    for index, points in enumerate(series.values()):
+        colour = COLOURS[index % len(COLOURS)]
+        parts += [
+            f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3" fill="{colour}" '
+            'fill-opacity="0.75"/>'
+            for x, y in points
+        ]
     return _frame("".join(parts), x_label, y_label, list(series))
 
 

@@ -68,7 +68,7 @@ class PackedLoader:
 
     def __next__(self) -> PackedBatch:
         first = self.row + self.rank * self.rows
-        pieces = [p for row in range(first, first + self.rows) for p in self._row_pieces(row)]
+        pieces = [p for row in range(first, first + self.rows) for p in self.row_pieces(row)]
         batch = pack(pieces, self.source.document)
         self.row += self.rows * self.world_size
         return batch
@@ -99,7 +99,7 @@ class PackedLoader:
     def _identity(self) -> dict[str, Any]:
         return {"context": self.context, "seed": self.seed, "shards": self.source.fingerprint}
 
-    def _row_pieces(self, place: int) -> list[Piece]:
+    def row_pieces(self, place: int) -> list[Piece]:
         """The pieces of the row at `place`; rows that begin in the same epoch are shuffled."""
         epoch = place * self.context // self.epoch_tokens
         first = -(-epoch * self.epoch_tokens // self.context)

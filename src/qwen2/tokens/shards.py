@@ -154,6 +154,11 @@ class Shards:
         start, stop = self._offsets[shard][local : local + 2]
         return self._tokens[shard][start:stop]
 
+    @property
+    def kinds(self) -> NDArray[np.uint16]:
+        """(documents,) the kind of each, as an index into `index.kinds`."""
+        return np.concatenate(self._kinds)
+
     def kind(self, number: int) -> str:
         """The kind of a document."""
         shard, local = self._locate(number)

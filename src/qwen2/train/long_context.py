@@ -22,7 +22,7 @@ from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
 from qwen2.model.config import ModelConfig
 from qwen2.model.extend import with_config
 from qwen2.model.hub import load_config, load_model
-from qwen2.tokens.loader import TokenSource
+from qwen2.tokens.loader import PackedLoader, TokenSource
 from qwen2.tokens.mixture import LongMixture
 from qwen2.train.loop import Evaluate
 from qwen2.train.stage import (
@@ -86,7 +86,8 @@ def long_context(
         yarn=None,
         dual_chunk=None,
     )
-    return run_stage(recipe, make_trainee(model, recipe), source, tokenizer, evaluate)
+    loader = PackedLoader(source, recipe.context, recipe.rows, recipe.seed)
+    return run_stage(recipe, make_trainee(model, recipe), loader, tokenizer, evaluate)
 
 
 def mix(recipe: LongContextRecipe, config: ModelConfig, source: TokenSource) -> LongMixture:

@@ -18,6 +18,9 @@ from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
 from qwen2.model.config import PUBLISHED, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hub import load_config, load_model
+from qwen2.tokens.loader import PackedLoader
+from qwen2.tokens.shards import Shards
+from qwen2.tokens.weighted import WeightedLoader, by_kind
 from qwen2.train.loop import Evaluate, Trainee
 from qwen2.train.stage import StageRecipe, StageResult, claim, make_trainee, open_data, run_stage
 
@@ -49,6 +52,8 @@ class PretrainRecipe(StageRecipe):
     stage: Literal["pretrain"] = "pretrain"
     model: Shape | None = None
     init: str | None = None  # MODEL: a folder, a .gguf file or a hub name
+    weights: dict[str, float] | None = None
+    """Share of each kind of document in what is trained on; None: as much as there is of it."""
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Self:
@@ -71,9 +76,10 @@ def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> StageR
     device = pick_device(recipe.device)
     config = _config(recipe)
     shards, tokenizer = open_data(recipe, config, recipe.init or "model")
+    loader = _loader(recipe, shards)
     claim(recipe)
     torch.manual_seed(recipe.seed)
-    return run_stage(recipe, build_trainee(recipe, device), shards, tokenizer, evaluate)
+    return run_stage(recipe, build_trainee(recipe, device), loader, tokenizer, evaluate)
 
 
 def build_trainee(recipe: PretrainRecipe, device: torch.device) -> Trainee:
@@ -85,6 +91,13 @@ def build_trainee(recipe: PretrainRecipe, device: torch.device) -> Trainee:
     model = Qwen2(recipe.model)
     init_weights(model, torch.Generator().manual_seed(recipe.seed))
     return make_trainee(model.to(device), recipe)
+
+
+def _loader(recipe: PretrainRecipe, shards: Shards) -> PackedLoader:
+    shape = recipe.context, recipe.rows, recipe.seed
+    if recipe.weights is None:
+        return PackedLoader(shards, *shape)
+    return WeightedLoader(by_kind(shards), recipe.weights, *shape)
 
 
 def _config(recipe: PretrainRecipe) -> ModelConfig:

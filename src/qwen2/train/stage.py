@@ -26,7 +26,7 @@ from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.hub import save
 from qwen2.tokenizer import Tokenizer
-from qwen2.tokens.loader import PackedLoader, TokenSource
+from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import Shards
 from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
@@ -114,7 +114,7 @@ def open_data(recipe: StageRecipe, config: ModelConfig, model: str) -> tuple[Sha
 def run_stage(
     recipe: StageRecipe,
     trainee: Trainee,
-    source: TokenSource,
+    loader: PackedLoader,
     tokenizer: Tokenizer,
     evaluate: Evaluate | None = None,
 ) -> StageResult:
@@ -122,7 +122,7 @@ def run_stage(
     device = trainee.model.device
     run = Run(
         trainee,
-        PackedLoader(source, recipe.context, recipe.rows, recipe.seed),
+        loader,
         recipe,
         recipe.lr,
         recipe.out,
