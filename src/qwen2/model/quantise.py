@@ -6,7 +6,7 @@ int8 in either method, and rows that int4's chunks do not fill as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress
-from qwen2.common.runtime import in_threads, on_huge_pages
+from qwen2.common.runtime import in_threads
 from qwen2.model.calibrate import Calibration, calibrated_layers
 from qwen2.model.config import ModelConfig, Quantisation
 from qwen2.model.decoder import Qwen2
 from qwen2.model.linear import end_to_end
-from qwen2.model.packing import Parts, dequantise_int8
+from qwen2.model.packing import dequantise_int8
 from qwen2.model.quantised_linear import (
     Format,
     named_parts,
@@ -77,19 +77,19 @@ def build_quantised(
     formats = {name: f for name, f in quantised_weights(model).items() if name in sources}
     in_layers = [name for name in formats if name.startswith("model.layers.")]
     later = set(in_layers) if calibration and method == "int4" else set()
-    joint = _end_to_end(model, dtype, device)
+    places = _places(model, dtype, device)
     state: dict[str, Tensor] = {}
 
     def keep(tensors: Mapping[str, Tensor]) -> None:
-        """Where inference wants them, lest it copies them later."""
-        state.update({n: joint[n].copy_(t) if n in joint else t for n, t in tensors.items()})
+        state.update({n: places[n].copy_(t) if n in places else t for n, t in tensors.items()})
 
     done = 0
     with Progress(method, len(sources)) as progress:
         for name in [name for name in sources if name not in later]:
             if name in formats:
-                parts = _quantised(sources[name], formats[name], device)
-                keep(named_parts(name, formats[name], parts))
+                own = [name + suffix for suffix in formats[name].suffixes]
+                state.update({n: places[n] for n in own})
+                _fill(sources[name], formats[name], [places[n] for n in own])
             else:
                 keep({name: read(sources[name], dtype).to(device)})
             progress.update(done := done + 1)
@@ -110,20 +110,23 @@ def build_quantised(
     return assemble(model, state)
 
 
-def _end_to_end(model: Qwen2, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Empty tensors for all parameters that inference computes with as one."""
+def _places(model: Qwen2, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Empty tensors for all parts of quantised weights, and for what inference computes as one.
+
+    All of them at once: taken in turn with what rounding takes and returns, they leave holes.
+    """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     types = quantised_types(model)
-    joint: dict[str, Tensor] = {}
-    for group in model.fusible():
-        places = end_to_end([shapes[n] for n in group], types.get(group[0], dtype), device)
-        joint |= dict(zip(group, places, strict=True))
-    return joint
+    places: dict[str, Tensor] = {}
+    for group in [*model.fusible(), *([name] for name in types)]:
+        if group[0] in shapes and group[0] not in places:  # a tied head has no place of its own
+            some = end_to_end([shapes[n] for n in group], types.get(group[0], dtype), device)
+            places |= dict(zip(group, some, strict=True))
+    return places
 
 
-def _quantised(source: StoredTensor, format_: Format, device: torch.device) -> Parts:
+def _fill(source: StoredTensor, format_: Format, parts: Sequence[Tensor]) -> None:
     """Rows do not know of each other, so that no more of the source than blocks is in memory."""
-    parts = tuple(on_huge_pages(part) for part in format_.empty(source.shape))
     rows = [part.view(torch.Size(source.shape[:-1]).numel(), -1) for part in parts]
 
     def work(start: int, count: int) -> None:
@@ -133,7 +136,6 @@ def _quantised(source: StoredTensor, format_: Format, device: torch.device) -> P
             row[start : start + count] = part.view(count, -1)
 
     in_threads(work, row_blocks(source, BLOCK))
-    return tuple(part.to(device) for part in parts)
 
 
 @dataclass(frozen=True)
