@@ -3,12 +3,14 @@
 Spearman's rank correlation x 100 between the predicted and the measured loss on Pile-CC of 256
 models of 1M parameters and 64 of 1B, after fitting to 32 (20 draws), 64, 128 (5 draws) or all 512
 proxies. The peer is the linear law, and what was measured of all three laws before (`reference`).
-LightGBM is left out where it is not installed.
+LightGBM is left out where it is not installed. `--run` adds what experiments of our own found.
 """
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +43,29 @@ def correlations(law: LawName, proxies: int) -> dict[str, Any]:
     return {test: {"mean": round(float(np.mean(of)), 2)} | spread(of) for test, of in found.items()}
 
 
+def experiment(folder: Path) -> dict[str, Any]:
+    """What a finished `qwen2 corpus mixture` found: the weights and what they gain."""
+    path = folder / "threshold.json"
+    if path.exists():
+        values = json.loads(path.read_text())
+        return {"select": values["select"], **values["compare"]}
+    values = json.loads((folder / "mixture.json").read_text())
+    fitted, validated = values["fit"], values["validate"]
+    return {
+        "proxies": len(values["proxies"]["mixtures"]),
+        "predicted_gains": fitted["gains"],
+        "spearman_unseen": {
+            "exponential": fitted["spearman_mean"],
+            "linear": fitted["spearman_mean_linear"],
+        },
+        **validated,
+    }
+
+
 def main() -> None:
-    chosen = options(__doc__ or "").parse_args()
+    parser = options(__doc__ or "")
+    parser.add_argument("--run", type=Path, nargs="*", default=[], help="folders of experiments")
+    chosen = parser.parse_args()
     names = [law for law in LAWS if law != "lightgbm" or find_spec("lightgbm")]
     figures = {
         law: {
@@ -53,7 +76,12 @@ def main() -> None:
         for law in names
     }
     chosen.rounds = max(DRAWS.values())
-    finish("mixture", {"spearman_x100": figures, "reference": REFERENCE}, chosen)
+    experiments = {folder.name: experiment(folder) for folder in chosen.run}
+    finish(
+        "mixture",
+        {"spearman_x100": figures, "reference": REFERENCE, "experiments": experiments},
+        chosen,
+    )
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def values(shards: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """A search for a mixture as YAML has it."""
     return {
+        "experiment": "mixture",
         "shards": shards,
         "vocabulary": 262,
         "evaluated_kilobytes": 4,

@@ -79,7 +79,7 @@ class ProxyExperiment(Config):
 class MixtureRecipe(ProxyExperiment):
     """Choose weights over the kinds of document for the training run `train`."""
 
-    experiment: Literal["mixture"] = "mixture"
+    experiment: Literal["mixture"]
     proxy: ProxyConfig
     proxies: int = Field(ge=8)  # mixtures drawn
     law: LawName = "auto"

@@ -27,7 +27,9 @@ def run_experiment(
         Stopped: a signal came, and what was finished is kept.
     """
     values = read_values(path, overrides)
-    name = str(values.get("experiment", "mixture"))
+    if "experiment" not in values:
+        raise UserError(f"{path}: key 'experiment' is missing; it is {' or '.join(EXPERIMENTS)}")
+    name = str(values["experiment"])
     if name not in EXPERIMENTS:
         near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
