@@ -246,10 +246,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(folder: Path) -> None:
         assert select.select([terminal], [], [], limit)[0], f"nothing came after {screen[-500:]!r}"
         screen += os.read(terminal, 1024)
 
-    def until(text: bytes) -> None:
+    def until(text: bytes, limit: float = 60) -> None:
         nonlocal screen
         while text not in screen:
-            read()
+            read(limit)
         screen = screen.split(text, 1)[1]
 
     try:
@@ -264,7 +264,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(folder: Path) -> None:
         os.write(terminal, b"half a line")
         until(b"half a line")
         os.write(terminal, b"\x03")  # at the prompt, Ctrl-C only clears the line
-        until(b"> ")
+        try:
+            until(b"> ", 20)
+        except AssertionError:  # Python notices a key just before it reads only with the next one
+            os.write(terminal, b"\x03")
+            until(b"> ")
         os.write(terminal, b"/system new\n")
         until(b"> ")
         os.write(terminal, b"/exit\n")

@@ -208,13 +208,15 @@ def test_a_signal_keeps_what_is_finished(
 @pytest.mark.slow
 def test_a_killed_run_in_processes_gives_the_same_files(recipe: Path, tmp_path: Path) -> None:
     """SIGKILL while two processes train; they go with their parent, and nothing is lost or bent."""
-    run_experiment(recipe, ["proxies=12"], tmp_path / "whole", workers=1)
-    command = [sys.executable, "-m", "qwen2.cli", "corpus", "mixture", str(recipe), "proxies=12"]
-    command += ["--out", str(tmp_path / "cut"), "--workers", "2", "--json"]
+    run = [sys.executable, "-m", "qwen2.cli", "corpus", "mixture", str(recipe), "proxies=12"]
     paths = os.pathsep.join(
         [str(Path(qwen2.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )
     environment = os.environ | {"PYTHONPATH": paths}
+    # Not in this process: which kernels it uses depends on the tests before.
+    whole = [*run, "--out", str(tmp_path / "whole"), "--workers", "1"]
+    subprocess.run(whole, env=environment, capture_output=True, check=True)
+    command = [*run, "--out", str(tmp_path / "cut"), "--workers", "2", "--json"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     proxies = tmp_path / "cut" / "proxies"
     while process.poll() is None and len(list(proxies.glob("proxy-*.json"))) < 2:
