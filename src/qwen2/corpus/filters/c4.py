@@ -6,11 +6,11 @@ use; it takes citation marks ("[1]", "[citation needed]") out. Of the text that 
 - `sentences`: C4 wants five. Counted as a run of terminal punctuation before something else.
 - `lorem_ipsum`, `curly_brackets`: C4 wants none.
 
-Deviations. Terminal punctuation is that of all scripts, with quotation marks and brackets behind it,
-where C4 has . ! ? and two ASCII quotes. Thai and Lao end neither sentences nor lines with a mark, but
+Deviations. Terminal punctuation is that of all scripts, with their quotation marks behind it;
+C4 has . ! ? and two ASCII quotes. Thai and Lao end neither sentences nor lines with a mark, but
 with a space: their lines need none, and each group of letters between spaces counts as a sentence.
 In scripts without spaces a line needs the letters of three words. The list of bad words is left
-out: its licence is not ours to give, and it drops texts of some groups of people for their names.
+out: it is no heuristic, and drops texts of some groups of people for their names.
 `lorem_ipsum` and `curly_brackets` are looked for in the lines that are kept; C4's code looks in the
 whole page, datatrove in the lines with punctuation.
 """
@@ -39,7 +39,7 @@ UNWANTED = (
     "use of cookies",
     "use cookies",
 )
-QUOTES = "\"'”’»›」』）)]"
+QUOTES = "”’»›」』）"
 UNMARKED = re.compile("[\u0e00-\u0eff]")  # Thai and Lao
 UNSPACED_LETTERS = re.compile(
     "([\u2e80-\u2fdf\u3005-\u3007\u3021-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
@@ -74,9 +74,8 @@ def keep_lines(text: str, config: C4Lines = C4Lines()) -> str:  # noqa: B008 (it
         words = line.split()
         if len(words) < config.least_words and _words_of(line) < config.least_words:
             continue
-        if len(line) > config.longest_word and max(map(len, words)) > config.longest_word:
-            if not UNSPACED_LETTERS.search(line):
-                continue
+        if max(map(len, words)) > config.longest_word and not UNSPACED_LETTERS.search(line):
+            continue
         if unwanted:
             low = line.lower()
             if any(phrase in low for phrase in unwanted):
@@ -118,8 +117,8 @@ def _sentences(texts: Sequence[str], words: Words) -> Numbers:
     if not len(words):
         return np.zeros(len(texts))
     ends = ((words.bits & ch.TERMINAL) != 0) & (words.lengths == 1)
-    spoken = np.flatnonzero((words.bits & ch.PUNCTUATION) == 0)
-    spoken = np.union1d(spoken, np.flatnonzero(((words.bits & ch.CONTENT) != 0)))
+    signs = (words.bits & (ch.PUNCTUATION | ch.CONTENT)) == ch.PUNCTUATION
+    spoken = np.flatnonzero(~signs)
     feeds = np.cumsum((words.flags & ch.BREAK) != 0)
     line = feeds[words.starts[spoken]]
     ended = np.cumsum(ends)[spoken]
@@ -127,7 +126,7 @@ def _sentences(texts: Sequence[str], words: Words) -> Numbers:
     begins[1:] = (line[1:] != line[:-1]) | (ended[1:] != ended[:-1])
     # Thai and Lao: a space before the letter.
     start = words.starts[spoken]
-    unmarked = ((words.codes[start] >= 0x0E00) & (words.codes[start] <= 0x0EFF))
+    unmarked = (words.codes[start] >= 0x0E00) & (words.codes[start] <= 0x0EFF)
     begins |= unmarked & ((words.flags[np.maximum(start - 1, 0)] & ch.SPACE) != 0)
     of_text = np.searchsorted(words.firsts, spoken[begins], "right") - 1
     return np.bincount(of_text, minlength=len(texts)).astype(np.float64)

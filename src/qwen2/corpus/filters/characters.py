@@ -111,6 +111,19 @@ def table() -> Bits:
 
 
 @functools.cache
+def unreadable() -> NDArray[np.bool_]:
+    """Of every code point, whether it is a control (but tab and line ends), a surrogate, of private
+    use or not assigned, (0x110000,)."""
+    found = np.ones(sys.maxunicode + 1, np.bool_)
+    for first, past in ((0, ASSIGNED), (0xE0000, 0xE0200)):
+        category = [unicodedata.category(chr(code)) for code in range(first, past)]
+        found[first:past] = np.isin(category, ["Cc", "Cs", "Co", "Cn"])
+    found[[ord(c) for c in "\t\n\r"]] = False
+    found.setflags(write=False)
+    return found
+
+
+@functools.cache
 def terminals() -> frozenset[str]:
     """The characters that end a sentence."""
     return frozenset(TERMINALS)

@@ -28,7 +28,7 @@ STATISTICS = (
     "line_feeds_per_word",
 )
 SHORT_LINE = {1: 30, WIDE_LETTERS: 12, OTHER_LETTERS: 22}
-"""Characters by `Words.scales`: what 5.3 words take, at 5.7 characters with the space in English."""
+"""Characters by `Words.scales`: what 5.3 words take; English has 5.7 with the space."""
 Numbers = NDArray[np.float64]
 
 

@@ -2,7 +2,8 @@
 
 - `words`: those that are not only signs. `mean_word_length`: their characters.
 - `hashes_per_word`, `ellipses_per_word`: of "#", and of "..." or "…", per token.
-- `bullet_lines`, `ellipsis_lines`: share of lines that begin with "•" or "-" / end with "..." or "…".
+- `bullet_lines`, `ellipsis_lines`: share of lines that begin with "•" or "-", or end with
+  "..." or "…".
 - `alphabetic_words`: share of tokens with at least one letter, of any script.
 - `stop_words`: how many different ones of the language's list occur. A language without a list, or
   no language, gets the number for the list that fits best.
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from qwen2.corpus.filters import characters as ch
 from qwen2.corpus.filters import stop_words
-from qwen2.corpus.filters.words import Words, segment_sums
+from qwen2.corpus.filters.words import Words
 
 STATISTICS = (
     "words",
@@ -79,15 +80,15 @@ def _lines(texts: Sequence[str]) -> tuple[Numbers, Numbers]:
 BULLETS = frozenset("-•")
 
 
-def _stop_words(
-    texts: Sequence[str], words: Words, languages: Sequence[str | None]
-) -> Numbers:
+def _stop_words(texts: Sequence[str], words: Words, languages: Sequence[str | None]) -> Numbers:
     every, of_language = stop_words.hashes()
     rank = np.minimum(np.searchsorted(every, words.hashes), len(every) - 1)
     found = np.flatnonzero(every[rank] == words.hashes)
     pairs = np.unique(words.texts[found] * len(every) + rank[found])
     seen: list[set[int]] = [set() for _ in texts]
-    for text, which in zip((pairs // len(every)).tolist(), (pairs % len(every)).tolist(), strict=True):
+    for text, which in zip(
+        (pairs // len(every)).tolist(), (pairs % len(every)).tolist(), strict=True
+    ):
         seen[text].add(which)
     counts = np.zeros(len(texts))
     for index, (text, language) in enumerate(zip(texts, languages, strict=True)):
@@ -103,9 +104,3 @@ def _stop_words(
 
 def _inside(text: str, language: str) -> int:
     return sum(word in text for word in stop_words.inside(language))
-
-
-def line_ends(words: Words) -> Numbers:
-    """Line feeds in each text, (texts,)."""
-    feeds = (words.codes == ord("\n")).astype(np.int64)
-    return segment_sums(feeds, words.offsets) - 1.0

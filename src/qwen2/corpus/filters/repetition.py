@@ -62,7 +62,7 @@ def measure(texts: Sequence[str], words: Words) -> dict[str, Numbers]:
                 met = _met_again(grams, n)
                 of_text = np.searchsorted(words.firsts, met, "right") - 1
                 covered = widths[met + n] - widths[met]
-                found = np.bincount(of_text, covered, minlength=len(texts))
+                found = np.bincount(of_text, covered, len(texts)).astype(np.float64)
             np.copyto(numbers[name], found / characters, where=words.scales == scale)
     return numbers
 
@@ -161,9 +161,7 @@ def _group(hashes: Hashes) -> tuple[Flags, Indices, Indices]:
     return keep, packed & 0xFFFFFFFF, np.flatnonzero(first[several])
 
 
-def _top_characters(
-    words: Words, widths: Indices, grams: Grams, n: int, spaces: int
-) -> Numbers:
+def _top_characters(words: Words, widths: Indices, grams: Grams, n: int, spaces: int) -> Numbers:
     """Characters of the most frequent n-gram times its number, (texts,)."""
     firsts = words.firsts
     texts = len(firsts) - 1

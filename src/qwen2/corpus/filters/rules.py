@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from qwen2.common.config import Config
 
@@ -58,7 +58,7 @@ class Rules(Config):
     """An ordered list of rules, and other limits for some of them in some languages."""
 
     rules: tuple[Rule, ...]
-    languages: dict[str, dict[str, Limits]] = {}
+    languages: dict[str, dict[str, Limits]] = Field(default_factory=dict)
     """Language -> rule -> the limits that hold instead; `{}` for none."""
 
     @model_validator(mode="after")
@@ -100,7 +100,9 @@ class Rules(Config):
         for rule in self.rules:
             limits = [self.limits(rule, str(kind)) for kind in kinds]
             least = np.array([-np.inf if lim.least is None else lim.least for lim in limits])
-            greatest = np.array([np.inf if lim.greatest is None else lim.greatest for lim in limits])
+            greatest = np.array(
+                [np.inf if lim.greatest is None else lim.greatest for lim in limits]
+            )
             values = columns[rule.statistic]
             failed = (values < least[kind_of]) | (values > greatest[kind_of])
             for index in np.flatnonzero(failed).tolist():

@@ -1,4 +1,4 @@
-"""The commonest function words of about 30 languages, for Gopher's rule that a text has two of them.
+"""Common function words of about 40 languages, for Gopher's rule that a text has two of them.
 
 English is the paper's list (Rae et al. 2021, A.1). The others are ours: eight to twelve words that
 nearly every paragraph of prose has two of. They are compared as they stand, in lower case, as the

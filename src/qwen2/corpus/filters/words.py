@@ -296,9 +296,7 @@ def _infixes(codes: ch.Codes, flags: ch.Bits, dot: Flags) -> Flags:
     signs = _any(codes, ":<>=/") | ((flags & ch.HYPHEN) != 0)
     between = alpha_after & ((signs & known_before) | ((codes == ord(",")) & alpha_before))
     between |= (
-        dot
-        & _previous((flags & ch.LOWER) != 0, False)
-        & _next((flags & ch.UPPER) != 0, False)
+        dot & _previous((flags & ch.LOWER) != 0, False) & _next((flags & ch.UPPER) != 0, False)
     )
     minus = codes == ord("-")
     sums = _any(codes, "+-*^")
