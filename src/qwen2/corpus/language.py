@@ -29,65 +29,15 @@ from pydantic import Field, PositiveInt
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 
-REPORT_LANGUAGES = tuple(
-    [
-        "en",
-        "zh",
-        "de",
-        "fr",
-        "es",
-        "pt",
-        "it",
-        "nl",
-        "ru",
-        "cs",
-        "pl",
-        "ar",
-        "fa",
-        "he",
-        "tr",
-        "ja",
-        "ko",
-        "vi",
-        "th",
-        "id",
-        "ms",
-        "lo",
-        "my",
-        "ceb",
-        "km",
-        "tl",
-        "hi",
-        "bn",
-        "ur",
-    ]
-)
+REPORT_LANGUAGES = (
+    "en", "zh", "de", "fr", "es", "pt", "it", "nl", "ru", "cs", "pl", "ar", "fa", "he", "tr", "ja",
+    "ko", "vi", "th", "id", "ms", "lo", "my", "ceb", "km", "tl", "hi", "bn", "ur",
+)  # fmt: skip
 """Those that Qwen2 names beside English and Chinese."""
-LANGUAGES = REPORT_LANGUAGES + tuple(
-    [
-        "uk",
-        "sv",
-        "da",
-        "no",
-        "fi",
-        "ro",
-        "el",
-        "hu",
-        "bg",
-        "ca",
-        "hr",
-        "sr",
-        "sk",
-        "sl",
-        "sw",
-        "ta",
-        "te",
-        "et",
-        "lt",
-        "lv",
-        "eo",
-    ]
-)
+LANGUAGES = (
+    *REPORT_LANGUAGES, "uk", "sv", "da", "no", "fi", "ro", "el", "hu", "bg", "ca", "hr", "sr", "sk",
+    "sl", "sw", "ta", "te", "et", "lt", "lv", "eo",
+)  # fmt: skip
 """Those that short text may well be in."""
 UNKNOWN, MIXED = "unknown", "mixed"
 
@@ -96,12 +46,11 @@ SAME = {
     "nb": "no", "nn": "no", "iw": "he", "in": "id", "cmn": "zh", "yue": "zh", "wuu": "zh",
     "fil": "tl", "als": "de", "arz": "ar", "pes": "fa", "zsm": "ms",
 }  # fmt: skip
-RELATED = tuple(
-    frozenset(group.split())
-    for group in (
-        "hr sr bs sh sl", "no da sv", "id ms jv su min", "cs sk", "es gl ca ast an pt",
-        "hi mr ne", "ru uk be bg mk", "tr az", "ar fa ur ps ckb", "de lb", "nl af li",
-    )
+RELATED = (
+    {"hr", "sr", "bs", "sh", "sl"}, {"no", "da", "sv"}, {"id", "ms", "jv", "su", "min"},
+    {"cs", "sk"}, {"es", "gl", "ca", "ast", "an", "pt"}, {"hi", "mr", "ne"},
+    {"ru", "uk", "be", "bg", "mk"}, {"tr", "az"}, {"ar", "fa", "ur", "ps", "ckb"}, {"de", "lb"},
+    {"nl", "af", "li"},
 )  # fmt: skip
 
 NOISE = re.compile(
@@ -202,7 +151,7 @@ def canonical(label: str) -> str:
 
 
 def agreement(label: str, found: Identified) -> float | None:
-    """Share of a text's letters that speaks for the source's own label, 0 ... 1.
+    """How far a text speaks for the source's own label: its part of the sure letters, 0 ... 1.
 
     A language that is easily taken for the labelled one (`RELATED`) speaks for it too. None when
     the text says nothing: `unknown` and no shares.
@@ -210,7 +159,8 @@ def agreement(label: str, found: Identified) -> float | None:
     code = canonical(label)
     near = {code}.union(*(group for group in RELATED if code in group))
     if found.shares:
-        return min(sum(share for one, share in found.shares.items() if one in near), 1.0)
+        sure = sum(found.shares.values())
+        return sum(share for one, share in found.shares.items() if one in near) / sure
     return None if found.language == UNKNOWN else float(found.language in near)
 
 

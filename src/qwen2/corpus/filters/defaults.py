@@ -8,6 +8,7 @@ found.
 
 from __future__ import annotations
 
+from qwen2.corpus.filters import stop_words
 from qwen2.corpus.filters.rules import Limits, Rule, Rules
 
 GOPHER_QUALITY = (
@@ -18,7 +19,7 @@ GOPHER_QUALITY = (
     Rule(name="gopher_bullets", statistic="bullet_lines", greatest=0.9),
     Rule(name="gopher_ellipsis_lines", statistic="ellipsis_lines", greatest=0.3),
     Rule(name="gopher_alphabetic", statistic="alphabetic_words", least=0.8),
-    Rule(name="gopher_stop_words", statistic="stop_words", least=2),
+    Rule(name="gopher_stop_words", statistic="stop_words"),  # see `LANGUAGES`
 )
 TABLE_A1 = {
     "duplicate_paragraphs": 0.30,
@@ -59,13 +60,23 @@ UNICODE = (
 NO_LENGTH = {"gopher_word_length": Limits(greatest=10)}
 # Thai and Lao have no mark at the end of a sentence.
 NO_MARKS = {"fineweb_punctuated_lines": Limits()}
-LANGUAGES: dict[str, dict[str, Limits]] = {
+# Korean and Vietnamese words are as long as 0.65 and 0.70 of the English ones.
+SHORT_WORDS = {"gopher_word_length": Limits(least=2, greatest=7)}
+OF_LANGUAGE = {
+    "ko": SHORT_WORDS,
+    "vi": SHORT_WORDS,
     "zh": NO_LENGTH,
     "ja": NO_LENGTH,
     "km": NO_LENGTH,
     "my": NO_LENGTH,
     "th": NO_LENGTH | NO_MARKS,
     "lo": NO_LENGTH | NO_MARKS,
+}
+# Two stop words, wherever there is a list of them.
+TWO = {"gopher_stop_words": Limits(least=2)}
+LANGUAGES: dict[str, dict[str, Limits]] = {
+    language: TWO | OF_LANGUAGE.get(language, {})
+    for language in sorted({**stop_words.SPACED, **stop_words.UNSPACED})
 }
 TEXT_RULES = Rules(
     rules=(*GOPHER_QUALITY, *GOPHER_REPETITION, *C4, *FINEWEB, *UNICODE), languages=LANGUAGES

@@ -5,8 +5,8 @@
 - `bullet_lines`, `ellipsis_lines`: share of lines that begin with "•" or "-", or end with
   "..." or "…".
 - `alphabetic_words`: share of tokens with at least one letter, of any script.
-- `stop_words`: how many different ones of the language's list occur. A language without a list, or
-  no language, gets the number for the list that fits best.
+- `stop_words`: how many different ones of the language's list occur; 0 for one without a
+  list, and the rule then has no limit.
 
 Tokens, not words between spaces, are counted, punctuation among them: so does datatrove, which the
 thresholds in use were chosen with; the paper does not say. In scripts without spaces a letter
@@ -95,12 +95,5 @@ def _stop_words(texts: Sequence[str], words: Words, languages: Sequence[str | No
         if language in of_language:
             counts[index] = len(seen[index] & of_language[language])
         elif language in stop_words.UNSPACED:
-            counts[index] = _inside(text, language)
-        else:
-            spaced = max(len(seen[index] & own) for own in of_language.values())
-            counts[index] = max(spaced, *(_inside(text, one) for one in stop_words.UNSPACED))
+            counts[index] = sum(word in text for word in stop_words.inside(language))
     return counts
-
-
-def _inside(text: str, language: str) -> int:
-    return sum(word in text for word in stop_words.inside(language))
