@@ -1,0 +1,38 @@
+"""Heuristic filters: editors (text to text), measures (texts to numbers), rules (to decisions)."""
+
+from qwen2.corpus.filters.c4 import C4Lines, keep_lines
+from qwen2.corpus.filters.code import licence, without_licence_header
+from qwen2.corpus.filters.defaults import CODE_RULES, TEXT_RULES
+from qwen2.corpus.filters.measures import (
+    CODE_STATISTICS,
+    TEXT_STATISTICS,
+    FilterConfig,
+    measure_code,
+    measure_text,
+)
+from qwen2.corpus.filters.pii import PII, Find, find, mask
+from qwen2.corpus.filters.rules import Failure, Limits, Rule, Rules
+from qwen2.corpus.filters.unicode import repair
+
+__all__ = [
+    "CODE_RULES",
+    "CODE_STATISTICS",
+    "PII",
+    "TEXT_RULES",
+    "TEXT_STATISTICS",
+    "C4Lines",
+    "Failure",
+    "FilterConfig",
+    "Find",
+    "Limits",
+    "Rule",
+    "Rules",
+    "find",
+    "keep_lines",
+    "licence",
+    "mask",
+    "measure_code",
+    "measure_text",
+    "repair",
+    "without_licence_header",
+]

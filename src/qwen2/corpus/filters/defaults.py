@@ -1,0 +1,94 @@
+"""The published thresholds as rules; a recipe that says nothing gets these.
+
+Gopher: Rae et al. 2021, A.1.1 and table A1. C4: Raffel et al. 2020, section 2.2. FineWeb: Penedo
+et al. 2024 and its published code, whose limit of repeated lines is 0.01 where the paper has 0.1.
+Code: Li et al. 2023, section 3. The limits of languages are ours: docs/data.md says how they were
+found.
+"""
+
+from __future__ import annotations
+
+from qwen2.corpus.filters import stop_words
+from qwen2.corpus.filters.rules import Limits, Rule, Rules
+
+GOPHER_QUALITY = (
+    Rule(name="gopher_words", statistic="words", least=50, greatest=100_000),
+    Rule(name="gopher_word_length", statistic="mean_word_length", least=3, greatest=10),
+    Rule(name="gopher_hashes", statistic="hashes_per_word", greatest=0.1),
+    Rule(name="gopher_ellipses", statistic="ellipses_per_word", greatest=0.1),
+    Rule(name="gopher_bullets", statistic="bullet_lines", greatest=0.9),
+    Rule(name="gopher_ellipsis_lines", statistic="ellipsis_lines", greatest=0.3),
+    Rule(name="gopher_alphabetic", statistic="alphabetic_words", least=0.8),
+    Rule(name="gopher_stop_words", statistic="stop_words"),  # see `LANGUAGES`
+)
+TABLE_A1 = {
+    "duplicate_paragraphs": 0.30,
+    "duplicate_paragraph_characters": 0.20,
+    "duplicate_lines": 0.30,
+    "duplicate_line_characters": 0.20,
+    "top_2_gram": 0.20,
+    "top_3_gram": 0.18,
+    "top_4_gram": 0.16,
+    "duplicate_5_grams": 0.15,
+    "duplicate_6_grams": 0.14,
+    "duplicate_7_grams": 0.13,
+    "duplicate_8_grams": 0.12,
+    "duplicate_9_grams": 0.11,
+    "duplicate_10_grams": 0.10,
+}
+GOPHER_REPETITION = tuple(
+    Rule(name=f"gopher_{name}", statistic=name, greatest=limit) for name, limit in TABLE_A1.items()
+)
+C4 = (
+    Rule(name="c4_sentences", statistic="sentences", least=5),
+    Rule(name="c4_lorem_ipsum", statistic="lorem_ipsum", greatest=0),
+    Rule(name="c4_curly_brackets", statistic="curly_brackets", greatest=0),
+)
+FINEWEB = (
+    Rule(name="fineweb_punctuated_lines", statistic="punctuated_lines", least=0.12),
+    Rule(name="fineweb_short_lines", statistic="short_lines", greatest=0.67),
+    Rule(name="fineweb_repeated_lines", statistic="repeated_line_characters", greatest=0.01),
+    Rule(name="fineweb_line_feeds", statistic="line_feeds_per_word", greatest=0.3),
+)
+UNICODE = (
+    Rule(name="replacement_characters", statistic="replacement_characters", greatest=0.001),
+    Rule(name="unreadable_characters", statistic="unreadable_characters", greatest=0.01),
+)
+
+# A letter is half a word of Han or kana, a third of one elsewhere: the mean length is that constant
+# and says nothing.
+NO_LENGTH = {"gopher_word_length": Limits(greatest=10)}
+# Thai and Lao have no mark at the end of a sentence.
+NO_MARKS = {"fineweb_punctuated_lines": Limits()}
+# Korean and Vietnamese words are as long as 0.65 and 0.70 of the English ones.
+SHORT_WORDS = {"gopher_word_length": Limits(least=2, greatest=7)}
+OF_LANGUAGE = {
+    "ko": SHORT_WORDS,
+    "vi": SHORT_WORDS,
+    "zh": NO_LENGTH,
+    "ja": NO_LENGTH,
+    "km": NO_LENGTH,
+    "my": NO_LENGTH,
+    "th": NO_LENGTH | NO_MARKS,
+    "lo": NO_LENGTH | NO_MARKS,
+}
+# Two stop words, wherever there is a list of them.
+TWO = {"gopher_stop_words": Limits(least=2)}
+LANGUAGES: dict[str, dict[str, Limits]] = {
+    language: TWO | OF_LANGUAGE.get(language, {})
+    for language in sorted({**stop_words.SPACED, **stop_words.UNSPACED})
+}
+TEXT_RULES = Rules(
+    rules=(*GOPHER_QUALITY, *GOPHER_REPETITION, *C4, *FINEWEB, *UNICODE), languages=LANGUAGES
+)
+CODE_RULES = Rules(
+    rules=(
+        Rule(name="code_longest_line", statistic="longest_line", greatest=1000),
+        Rule(name="code_mean_line", statistic="mean_line", greatest=100),
+        Rule(name="code_alphanumeric", statistic="alphanumeric_share", least=0.25),
+        Rule(name="code_generated", statistic="generated", greatest=0),
+        Rule(name="code_minified", statistic="minified", greatest=0.5),
+        Rule(name="code_licence", statistic="restrictive_licence", greatest=0),
+        *UNICODE,
+    )
+)
