@@ -2,8 +2,7 @@
 
 Gopher: Rae et al. 2021, A.1.1 and table A1. C4: Raffel et al. 2020, section 2.2. FineWeb: Penedo
 et al. 2024 and its published code, whose limit of repeated lines is 0.01 where the paper has 0.1.
-Code: Li et al. 2023, section 3. The limits of languages are ours: docs/data.md says how they were
-found.
+Code: Li et al. 2023, section 3. The limits of languages are ours.
 """
 
 from __future__ import annotations

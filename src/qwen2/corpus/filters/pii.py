@@ -57,7 +57,7 @@ SECRETS = re.compile(
       | glpat-[\w-]{20,64}                                      # GitLab
       | xox[abeoprs]-[A-Za-z0-9-]{10,250}                       # Slack
       | AIza[\w-]{35}                                           # Google
-      | sk-(?:ant-|proj-|svcacct-)?[\w-]{20,200}                # OpenAI, Anthropic
+      | sk-(?:ant-|proj-|svcacct-)?[\w-]{20,200}                # keys of model providers
       | (?:sk|rk|pk)_live_[A-Za-z0-9]{16,128}                   # Stripe
       | hf_[A-Za-z0-9]{30,64} | npm_[A-Za-z0-9]{36} | pypi-[\w-]{50,250}
       | SG\.[\w-]{16,32}\.[\w-]{32,64}                          # SendGrid
