@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.corpus.mixing_law import ExponentialLaw, Law
-from qwen2.corpus.mixture import CONCENTRATIONS, FLATTENED, Bounds, flattened
+from qwen2.corpus.mixture import CONCENTRATIONS, Bounds, centre_of
 
 Floats = NDArray[np.float64]
 
@@ -73,7 +73,7 @@ def choose(
     """
     weighing = importance / importance.sum()
     random = np.random.default_rng(seed)
-    centre = np.maximum(flattened(prior, FLATTENED), 1e-6)
+    centre = centre_of(prior)
     drawn = [
         random.dirichlet(concentration * centre, CANDIDATES // len(CONCENTRATIONS))
         for concentration in CONCENTRATIONS

@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 CONCENTRATIONS = (1.0, 2.0, 4.0, 8.0)
 """Sums of the Dirichlet parameters: at 1 one or two sources have nearly all, at 8 many some."""
 FLATTENED = 2.0  # temperature of the prior that is drawn around, as in RegMix
+LEAST_CENTRE = 0.02  # of a source in what is drawn around, or a tiny one would never be tried
 ALIKE = 1e-3  # mixtures that agree to so much in every weight are one
 ATTEMPTS = 100  # draws for every mixture wanted, before it is said that there is no room
 
@@ -97,6 +98,11 @@ def flattened(mixture: Floats, temperature: float) -> Floats:
     return powered / powered.sum()
 
 
+def centre_of(prior: Floats) -> Floats:
+    """(D,) the mean of Dirichlet draws around `prior`, up to normalisation."""
+    return np.maximum(flattened(prior, FLATTENED), LEAST_CENTRE)
+
+
 def draw_mixtures(
     prior: Floats,
     count: int,
@@ -113,7 +119,7 @@ def draw_mixtures(
         UserError: the bounds leave no room for so many different ones.
     """
     random = np.random.default_rng(seed)
-    centre = np.maximum(flattened(prior, FLATTENED), 1e-6)
+    centre = centre_of(prior)
     kept: dict[tuple[int, ...], Floats] = {}
     for _ in range(ATTEMPTS * count):
         if len(kept) == count:
