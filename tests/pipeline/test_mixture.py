@@ -141,6 +141,7 @@ def proxy_files(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_search_leaves_weights_that_train(recipe: Path, tmp_path: Path) -> None:
     results, summary = run_experiment(recipe, [], tmp_path / "run", workers=1)
     found, validated = results["fit"], results["validate"]
