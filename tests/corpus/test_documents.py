@@ -11,9 +11,10 @@ from qwen2.corpus import Document, read_documents, write_documents
 from qwen2.corpus import documents as module
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-DOCUMENT = st.builds(
-    Document, TEXT, TEXT, TEXT, TEXT, st.none() | TEXT, st.none() | TEXT, st.none() | TEXT
-)
+VALUE = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | TEXT | st.lists(TEXT)
+METADATA = st.dictionaries(TEXT, VALUE, max_size=3)
+LABEL = st.none() | TEXT
+DOCUMENT = st.builds(Document, TEXT, TEXT, TEXT, TEXT, LABEL, LABEL, LABEL, METADATA)
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,8 +8,10 @@ that domain, and figures are given by kind everywhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +28,7 @@ SCHEMA = pa.schema(
         pa.field("licence", pa.string()),
         pa.field("language", pa.string()),
         pa.field("group", pa.string()),
+        pa.field("metadata", pa.string()),  # a JSON object
     ]
 )
 ROW_GROUP_BYTES = 8 << 20
@@ -49,11 +52,29 @@ class Document:
     """The source's own label of the natural language, if it has one."""
     group: str | None = None
     """Documents that share text have the same group, and a split never parts them."""
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What else the source says: title, date, URL, repository ...; JSON can hold it."""
 
     @property
     def size(self) -> int:
         """Bytes of UTF-8."""
         return len(self.text.encode())
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Document:
+        """The document of a row of `SCHEMA`'s columns."""
+        metadata = row["metadata"]
+        return cls(**{**row, "metadata": json.loads(metadata) if metadata else {}})
+
+
+def table_of(documents: Sequence[Document]) -> pa.Table:
+    """Documents as a table of `SCHEMA`."""
+    columns = [[getattr(d, name) for d in documents] for name in SCHEMA.names[:-1]]
+    columns.append(
+        [json.dumps(d.metadata, ensure_ascii=False) if d.metadata else None for d in documents]
+    )
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> int:
@@ -64,9 +85,7 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
     count = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
         for batch in _batches(documents):
-            columns = [[getattr(d, name) for d in batch] for name in SCHEMA.names]
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+            writer.write_table(table_of(batch))
             count += len(batch)
     return count
 
@@ -84,7 +103,7 @@ def read_documents(path: Path, batch: int = 256) -> Iterator[Document]:
                 raise UserError(f"{path}: no column {', '.join(sorted(missing))}; not documents")
             for record_batch in file.iter_batches(batch, columns=SCHEMA.names):
                 for row in record_batch.to_pylist():
-                    yield Document(**row)
+                    yield Document.from_row(row)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; collect the corpus first") from None
     except (OSError, pa.ArrowException) as error:
