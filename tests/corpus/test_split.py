@@ -1,9 +1,11 @@
 import random
+from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2.corpus import Document, held_out_keys, split_key
+from qwen2.corpus import Document, choose_held_out, split, split_key
 
 CORPUS = st.lists(
     st.builds(
@@ -16,8 +18,16 @@ CORPUS = st.lists(
 )
 
 
+Sized = tuple[str, str, int]
+
+
+def held_out_keys(documents: list[Sized], fraction: float, seed: int = 0) -> frozenset[str]:
+    chosen = choose_held_out(documents, fraction, seed)
+    return frozenset(key for _, key, _ in documents if key in chosen)
+
+
 def held(corpus: list[Document], fraction: float, seed: int) -> frozenset[str]:
-    return held_out_keys(((d.kind, split_key(d), d.size) for d in corpus), fraction, seed)
+    return held_out_keys([(d.kind, split_key(d), d.size) for d in corpus], fraction, seed)
 
 
 @settings(deadline=None)
@@ -92,3 +102,17 @@ def test_a_group_never_equals_a_text() -> None:
 def test_seed_changes_the_choice() -> None:
     keys = [("k", f"text:{i}", 1) for i in range(100)]
     assert held_out_keys(keys, 0.2, 0) != held_out_keys(keys, 0.2, 1)
+
+
+@settings(deadline=None)
+@given(CORPUS, st.integers(0, 5))
+def test_memory_is_bounded_and_the_choice_the_same(corpus: list[Document], seed: int) -> None:
+    """A kind never needs so many candidates here: with room for three it chooses as with all."""
+    everything = held(corpus, 0.1, seed)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(split, "CANDIDATES", 3)
+        few = held(corpus, 0.1, seed)
+    of_kind = Counter(kind for kind, _ in {(d.kind, split_key(d)) for d in corpus})
+    if max(of_kind.values(), default=0) <= 3:
+        assert few == everything
+    assert len(few) <= len(everything)

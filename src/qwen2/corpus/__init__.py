@@ -24,7 +24,7 @@ from qwen2.corpus.paragraphs import (
     write_paragraphs,
 )
 from qwen2.corpus.sketches import write_sketches
-from qwen2.corpus.split import held_out_keys, split_key
+from qwen2.corpus.split import HeldOut, choose_held_out, split_key
 
 __all__ = [
     "HELD_OUT",
@@ -33,6 +33,7 @@ __all__ = [
     "Decontaminator",
     "Document",
     "EvalItem",
+    "HeldOut",
     "Hit",
     "LcsRule",
     "LocalConfig",
@@ -43,12 +44,12 @@ __all__ = [
     "Places",
     "Tally",
     "build_corpus",
+    "choose_held_out",
     "collect_local",
     "deduplicate",
     "dropped_rows",
     "find_duplicates",
     "find_repeated",
-    "held_out_keys",
     "read_documents",
     "split_key",
     "text_digest",

@@ -24,7 +24,7 @@ from qwen2.corpus import share, stdlib
 from qwen2.corpus.dedup import deduplicate
 from qwen2.corpus.documents import Document, read_documents, write_documents
 from qwen2.corpus.files import Found, Skipped
-from qwen2.corpus.split import held_out_keys, split_key
+from qwen2.corpus.split import choose_held_out, split_key
 
 MIN_DOCUMENT = 200  # bytes; less is a stub
 MAX_DOCUMENT = 1 << 20  # bytes, and at most a quarter of the cap: one text must not fill it
@@ -142,7 +142,7 @@ def build_corpus(folder: Path, config: LocalConfig, places: Places | None = None
         write_documents(everything, deduplicate(documents, removed))
 
         keys = ((d.kind, split_key(d), d.size) for d in read_documents(everything))
-        held = held_out_keys(keys, config.held_out, config.seed)
+        held = choose_held_out(keys, config.held_out, config.seed)
         sides = {TRAIN: Tally(), HELD_OUT: Tally()}
         for name, side in sides.items():
             inside = name == HELD_OUT

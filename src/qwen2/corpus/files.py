@@ -22,6 +22,7 @@ class Skipped:
     kind: str
     reason: str
     source: str
+    excerpt: str = ""
 
 
 Found = Document | Skipped

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from qwen2.corpus.dedup import text_digest
 from qwen2.corpus.documents import Document
@@ -18,37 +19,81 @@ from qwen2.corpus.documents import Document
 
 def split_key(document: Document) -> str:
     """What decides the side of `document`."""
-    if document.group is not None:
-        return f"group:{document.group}"
-    return f"text:{text_digest(document.text).hex()}"
+    return key_of(document.group, text_digest(document.text))
 
 
-def held_out_keys(
+def key_of(group: str | None, digest: bytes) -> str:
+    """`split_key` of a document of this group and digest of its text."""
+    return f"group:{group}" if group is not None else f"text:{digest.hex()}"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The split keys that are held out: `key in held_out`."""
+
+    fraction: float
+    seed: int
+    also: frozenset[str] = frozenset()
+    """Those beyond chance."""
+
+    def __contains__(self, key: str) -> bool:
+        return _uniform(key, self.seed) < self.fraction or key in self.also
+
+
+def choose_held_out(
     documents: Iterable[tuple[str, str, int]], fraction: float, seed: int = 0
-) -> frozenset[str]:
-    """The split keys to hold out: about `fraction` of all, and of each kind that has two keys at
-    least one and at least half of `fraction` of its bytes.
+) -> HeldOut:
+    """About `fraction` of all keys, and of each kind that has two keys at least one and at least
+    half of `fraction` of its bytes, as far as its `CANDIDATES` next keys reach.
+
+    Memory: nothing a document, so that it does for any corpus.
 
     Args:
         documents: (kind, split key, bytes) of every document.
         fraction: 0 < fraction < 1.
     """
     assert 0 < fraction < 1, f"held-out fraction {fraction}: between 0 and 1"
-    sizes: dict[str, Counter[str]] = {}
+    totals: Counter[str] = Counter()
+    held: Counter[str] = Counter()
+    spared: dict[str, _Smallest] = {}
     for kind, key, size in documents:
-        sizes.setdefault(kind, Counter())[key] += size
-    chance = {key: _uniform(key, seed) for of_kind in sizes.values() for key in of_kind}
-    held = {key for key, value in chance.items() if value < fraction}
-    for _, of_kind in sorted(sizes.items()):
-        enough = max(1, of_kind.total() * fraction / 2)
-        done = sum(size for key, size in of_kind.items() if key in held)
-        by_chance = sorted(of_kind.keys() - held, key=lambda key: (chance[key], key))
-        for key in by_chance[:-1]:
+        totals[kind] += size
+        chance = _uniform(key, seed)
+        if chance < fraction:
+            held[kind] += size
+        else:
+            spared.setdefault(kind, _Smallest()).add((chance, key), size)
+    also: set[str] = set()
+    for kind in sorted(spared):
+        sizes = spared[kind].sizes()
+        enough = max(1, totals[kind] * fraction / 2)
+        done = held[kind] + sum(size for (_, key), size in sizes.items() if key in also)
+        left = sorted(item for item in sizes if item[1] not in also)
+        for item in left[:-1]:  # one stays, and at least one trains
             if done >= enough:
                 break
-            held.add(key)
-            done += of_kind[key]
-    return frozenset(held)
+            also.add(item[1])
+            done += sizes[item]
+    return HeldOut(fraction, seed, frozenset(also))
+
+
+CANDIDATES = 1000
+
+
+class _Smallest:
+    """The `CANDIDATES` smallest of all items, with the sum of the sizes of each."""
+
+    def __init__(self) -> None:
+        self._sizes: Counter[tuple[float, str]] = Counter()
+
+    def add(self, item: tuple[float, str], size: int) -> None:
+        self._sizes[item] += size
+        if len(self._sizes) >= 4 * CANDIDATES:
+            self._sizes = self.sizes()
+
+    def sizes(self) -> Counter[tuple[float, str]]:
+        # What is left out was larger than so many others, and stays so: no sum of one kept is cut.
+        return Counter({item: self._sizes[item] for item in sorted(self._sizes)[:CANDIDATES]})
 
 
 def _uniform(key: str, seed: int) -> float:

@@ -53,14 +53,20 @@ class Stage(Generic[C]):
     makes: str | None = None
 
 
-def run_stages(stages: Sequence[Stage[C]], folder: Path, recipe: C) -> Run[C]:
+def run_stages(
+    stages: Sequence[Stage[C]], folder: Path, recipe: C, *, same_recipe: bool = True
+) -> Run[C]:
     """Run what has no result yet, in order; the results of all stages.
+
+    Args:
+        same_recipe: whether the folder is for one recipe. Else the names of the stages tell their
+            settings, and those of another recipe stay beside them.
 
     Raises:
         UserError: the folder holds a run of another recipe, or something else.
         Stopped: a stage has saved itself after a signal.
     """
-    _claim(folder, recipe)
+    _claim(folder, recipe, same_recipe)
     run = Run(folder, recipe)
     for number, stage in enumerate(stages, 1):
         path = folder / RESULTS / f"{stage.name}.json"
@@ -79,10 +85,12 @@ def run_stages(stages: Sequence[Stage[C]], folder: Path, recipe: C) -> Run[C]:
     return run
 
 
-def _claim(folder: Path, recipe: Config) -> None:
+def _claim(folder: Path, recipe: Config, same_recipe: bool) -> None:
     path = folder / RECIPE
     if path.exists():
-        if type(recipe).load(path) != recipe:
+        if not same_recipe:
+            recipe.save(path)
+        elif type(recipe).load(path) != recipe:
             raise UserError(
                 f"{folder}: holds a run of another recipe (see {RECIPE}); choose another --out, "
                 "or the same settings to go on with it"

@@ -22,6 +22,7 @@ from torch import Tensor
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress, say
+from qwen2.common.signals import stop_on_signals
 from qwen2.model.decoder import Qwen2
 from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
@@ -31,7 +32,6 @@ from qwen2.train.loss import IGNORE, chunked_cross_entropy
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.precision import MasterWeights
 from qwen2.train.router import RouterLosses
-from qwen2.common.signals import stop_on_signals
 
 Evaluate = Callable[[Qwen2], dict[str, Any]]
 """Held-out figures of a model, which is in eval mode and without gradients meanwhile."""

@@ -16,11 +16,12 @@ from qwen2.corpus.filters import (
     TEXT_RULES,
     TEXT_STATISTICS,
     C4Lines,
-    FilterConfig,
+    FilterSet,
     keep_lines,
     measure_code,
     measure_text,
 )
+from qwen2.corpus.filters.measures import Numbers
 
 PROSE = json.loads(
     (Path(__file__).parents[2] / "golden" / "prose.json").read_text(encoding="utf-8")
@@ -33,8 +34,15 @@ SHARES = ("bullet_lines", "ellipsis_lines", "alphabetic_words", "punctuated_line
           "unreadable_characters")  # fmt: skip
 
 
+def measured(
+    texts: list[str], languages: list[str | None], lines: C4Lines | None = None
+) -> dict[str, Numbers]:
+    kept = [keep_lines(text, lines) for text in texts] if lines else None
+    return measure_text(texts, languages, kept)
+
+
 def of(text: str, language: str | None = "en", lines: C4Lines | None = None) -> dict[str, float]:
-    columns = measure_text([text], [language], lines)
+    columns = measured([text], [language], lines)
     assert tuple(columns) == TEXT_STATISTICS
     return {name: float(values[0]) for name, values in columns.items()}
 
@@ -44,7 +52,7 @@ def of(text: str, language: str | None = "en", lines: C4Lines | None = None) -> 
 def test_any_unicode_gives_finite_numbers_whatever_the_batch(
     texts: list[str], language: str | None
 ) -> None:
-    together = measure_text(texts, [language] * len(texts), C4Lines())
+    together = measured(texts, [language] * len(texts), C4Lines())
     for index, text in enumerate(texts):
         alone = of(text, language, C4Lines())
         for name, value in alone.items():
@@ -173,6 +181,6 @@ def test_any_unicode_is_measured_as_code(texts: list[str]) -> None:
 def test_a_recipe_names_rules_that_are_measured() -> None:
     rules = {"rules": [{"name": "a", "statistic": "word", "least": 1}]}
     with pytest.raises(UserError, match="no statistic is called 'word'"):
-        FilterConfig.parse({"text": rules})
+        FilterSet.parse({"rules": rules})
     rules["rules"][0]["statistic"] = "words"
-    assert FilterConfig.parse({"text": rules}).text.rules[0].least == 1
+    assert FilterSet.parse({"rules": rules}).judged == {"words"}

@@ -6,12 +6,12 @@ from qwen2.corpus.filters.defaults import CODE_RULES, TEXT_RULES
 from qwen2.corpus.filters.measures import (
     CODE_STATISTICS,
     TEXT_STATISTICS,
-    FilterConfig,
     measure_code,
     measure_text,
 )
 from qwen2.corpus.filters.pii import PII, Find, find, mask
 from qwen2.corpus.filters.rules import Failure, Limits, Rule, Rules
+from qwen2.corpus.filters.sets import FilterSet
 from qwen2.corpus.filters.unicode import repair
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "TEXT_STATISTICS",
     "C4Lines",
     "Failure",
-    "FilterConfig",
+    "FilterSet",
     "Find",
     "Limits",
     "Rule",

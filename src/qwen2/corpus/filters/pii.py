@@ -85,17 +85,20 @@ class Find(NamedTuple):
 
 def mask(text: str, config: PII = PII()) -> str:  # noqa: B008 (it is frozen)
     """`text` with a tag for each find."""
-    for _, edit in _editors(text, config):
-        text = edit(text, [])
-    return text
+    return mask_and_find(text, config)[0]
 
 
 def find(text: str, config: PII = PII()) -> list[Find]:  # noqa: B008
     """What `mask` would replace, kind after kind."""
+    return mask_and_find(text, config)[1]
+
+
+def mask_and_find(text: str, config: PII) -> tuple[str, list[Find]]:
+    """`mask` and `find` in one go."""
     found: list[Find] = []
     for _, edit in _editors(text, config):
         text = edit(text, found)
-    return found
+    return text, found
 
 
 Editor = Callable[[str, list[Find]], str]

@@ -31,6 +31,7 @@ from qwen2.common.errors import UserError
 from qwen2.common.files import durable_write
 from qwen2.common.progress import Progress
 from qwen2.common.runtime import parse_dtype
+from qwen2.common.signals import stop_on_signals
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.pipeline.mixture.data import SMALL_HELD_OUT, SMALL_TRAIN
 from qwen2.pipeline.mixture.recipe import ProxyConfig
@@ -45,7 +46,6 @@ from qwen2.train.loss import IGNORE
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import cosine
-from qwen2.common.signals import stop_on_signals
 
 Stop = Callable[[], str | None]
 
