@@ -227,13 +227,18 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_bad_grammar_is_refused_in_one_line_and_harms_nothing(name: str) -> None:
+def test_a_bad_grammar_is_refused_in_one_line_and_harms_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The process may take long, on a busy machine, but not much of the processor: see _limit.
+    monkeypatch.setattr(grammar_check, "SECONDS", 60.0)
     kind, text = HOSTILE[name]
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError) as caught:
         ENGINE.submit(PROMPT, params(kind, text))
-    assert time.monotonic() - started < grammar_check.SECONDS
+    assert time.process_time() - started < 3
     message = str(caught.value)
+    assert "takes too much" not in message
     assert message.startswith("grammar: ")
     assert "\n" not in message
     assert len(message) < 250
@@ -270,7 +275,7 @@ COSTLY = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_costly_grammar_is_bounded(name: str) -> None:
     """Refused at once, or at work within bounds; perhaps until one is broken."""
-    started = time.monotonic()
+    started = time.process_time()
     beside = SamplingParams(max_tokens=20, ignore_eos=True)
     try:
         first, second = complete(params(*COSTLY[name], max_tokens=20), beside)
@@ -279,7 +284,7 @@ def test_a_costly_grammar_is_bounded(name: str) -> None:
     else:
         assert first.finish_reason in ("stop", "length", "error")
         assert second == complete(beside)[0]
-    assert time.monotonic() - started < grammar_check.SECONDS + 5
+    assert time.process_time() - started < 5
     assert complete(params("regex", "ok"))[0].text == "ok"
 
 
@@ -340,7 +345,7 @@ def test_what_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch, name: 
     for _ in range(2):
         with pytest.raises(UserError, match="takes too"):
             engine.submit(PROMPT, params("json_schema", EXPLODING[name]))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 2 * (1 + grammar_check.START_SECONDS)
     assert engine.generate([PROMPT], params("regex", "ok"))[0].text == "ok"
 
 

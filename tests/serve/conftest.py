@@ -42,12 +42,35 @@ class Served:
         stats = self.engine.stats
         return (stats.running, stats.waiting, stats.kv_used) == (0, 0, 0)
 
-    def wait_until_idle(self, seconds: float = 10.0) -> None:
-        """All requests must end, and soon."""
+    def wait_until(self, true: Callable[[], object], seconds: float = 30.0) -> None:
+        """It must become true, and soon."""
         until = time.monotonic() + seconds
-        while not self.idle():
+        while not true():
             assert time.monotonic() < until, self.engine.stats
             time.sleep(0.02)
+
+    def wait_until_idle(self, seconds: float = 30.0) -> None:
+        """All requests must end, and soon."""
+        self.wait_until(self.idle, seconds)
+
+    @contextmanager
+    def held(self, passes: int = 0) -> Iterator[None]:
+        """The engine makes so many passes, then none until this is left: no request can end
+        before a test has looked at it, however long that takes."""
+        step, go_on = self.engine.step, threading.Event()
+
+        def held_step() -> bool:
+            nonlocal passes
+            passes -= 1
+            assert passes >= 0 or go_on.wait(120)
+            return step()
+
+        self.engine.step = held_step  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            self.engine.step = step  # type: ignore[method-assign]
+            go_on.set()
 
 
 Serve = Callable[..., AbstractContextManager[Served]]

@@ -197,9 +197,9 @@ def test_large_headers(locked: Any, headers: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("begin", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: 12"])
 def test_slow_headers_end(locked: Any, begin: bytes) -> None:
+    began = time.monotonic()
     with raw.connect(locked.url) as connection:
         connection.sendall(begin)
-        began = time.monotonic()
         assert raw.read(connection)[0] == 408
         assert 0.5 < time.monotonic() - began < 10
 
@@ -209,13 +209,16 @@ def test_headers_that_drip_end(locked: Any) -> None:
     with raw.connect(locked.url) as connection:
         connection.sendall(raw.request("/health"))
         assert raw.read(connection)[0] == 200
-        began = time.monotonic()
-        for byte in raw.request("/health"):
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(bytes([byte]))
-            time.sleep(0.05)
-        assert raw.read(connection)[0] in (0, 408)
-        assert time.monotonic() - began > 0.5
+        began, answer = time.monotonic(), None
+        connection.settimeout(0.05)
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+            while answer is None and time.monotonic() - began < 20:
+                connection.sendall(b"y")
+                with contextlib.suppress(TimeoutError):
+                    answer = connection.recv(100)
+        assert not answer or answer.startswith(b"HTTP/1.1 408 ")
+        assert 0.5 < time.monotonic() - began < 20
 
 
 def test_slow_bodies_end(locked: Any) -> None:
@@ -231,9 +234,9 @@ def test_slow_bodies_end(locked: Any) -> None:
 
 def test_idle_connections_end(locked: Any) -> None:
     with raw.connect(locked.url) as connection:
+        began = time.monotonic()
         connection.sendall(raw.request("/health"))
         raw.read(connection)
-        began = time.monotonic()
         assert connection.recv(1) == b""
         assert 0.5 < time.monotonic() - began < 10
 
@@ -241,35 +244,24 @@ def test_idle_connections_end(locked: Any) -> None:
 def test_whoever_reads_nothing_is_left(locked: Any) -> None:
     """Its answer does not stay in memory, nor its request in the engine."""
     locked.wait_until_idle()
+    before = locked.engine.stats.generated_tokens
     body = {"prompt": ["x"] * 64, "max_tokens": 1500, "logprobs": 20, "stream": True}
     with raw.connect(locked.url) as connection:
         header = (f"Authorization: Bearer {KEY}",)
         connection.sendall(raw.request("/v1/completions", "POST", headers=header, body=body))
-        until = time.monotonic() + 10
-        while locked.idle() and time.monotonic() < until:
-            time.sleep(0.01)
-        locked.wait_until_idle(30)
+        locked.wait_until(lambda: locked.engine.stats.generated_tokens > before)
+        locked.wait_until_idle(60)
 
 
-def test_connections_have_a_number(locked: Any) -> None:
-    time.sleep(1.2)  # those of before have ended
-    locked.client.get("/health")
-    connections = [raw.connect(locked.url) for _ in range(12)]
-    try:
-        time.sleep(0.2)
-        refused = 0
-        for connection in connections:
-            connection.setblocking(False)
-            try:
-                refused += connection.recv(100).startswith(b"HTTP/1.1 503")
-            except BlockingIOError:
-                continue
-        assert 3 <= refused <= 6
-    finally:
-        for connection in connections:
-            connection.close()
-    time.sleep(0.2)
-    assert locked.client.get("/health").status_code == 200
+def test_connections_have_a_number(serve: Any) -> None:
+    with serve(limits=Limits(connections=3)) as served, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(raw.connect(served.url)) for _ in range(5)]
+        assert [raw.read(connection)[0] for connection in connections[3:]] == [503, 503]
+        for connection in connections[:3]:
+            connection.sendall(raw.request("/health"))
+            assert raw.read(connection)[0] == 200
+        stack.close()
+        served.wait_until(lambda: served.client.get("/health").status_code == 200)
 
 
 def test_garbage_is_a_400(locked: Any) -> None:
@@ -282,10 +274,9 @@ def test_garbage_is_a_400(locked: Any) -> None:
 def test_bodies_together_have_a_bound(serve: Any) -> None:
     with serve(limits=Limits(bodies_bytes=1000), engine={"max_running": 1}) as served:
         body = {"prompt": "x" * 600, "max_tokens": 1400, "ignore_eos": True}
-        with raw.connect(served.url) as connection:
+        with served.held(), raw.connect(served.url) as connection:
             connection.sendall(raw.request("/v1/completions", "POST", body=body))
-            while served.idle():
-                time.sleep(0.01)
+            served.wait_until(lambda: not served.idle())
             response = served.client.post("/v1/completions", json=body)
             assert response.status_code == 429
             assert response.headers["retry-after"] == "1"
@@ -296,10 +287,10 @@ def test_bodies_together_have_a_bound(serve: Any) -> None:
 def test_a_full_queue_is_a_429(serve: Any) -> None:
     with serve(engine={"max_running": 1, "max_queue": 2}) as served:
         body = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True}
-        with raw.connect(served.url) as connection:  # keeps the only place meanwhile
+        # It keeps the only place meanwhile.
+        with served.held(passes=1), raw.connect(served.url) as connection:
             connection.sendall(raw.request("/v1/completions", "POST", body=body))
-            while not served.engine.stats.running:
-                time.sleep(0.01)
+            served.wait_until(lambda: served.engine.stats.running)
             response = served.client.post("/v1/completions", json={**body, "n": 4, "stream": True})
         assert response.status_code == 429
         assert response.headers["retry-after"] == "1"
@@ -331,9 +322,9 @@ def test_callers_do_not_share_what_is_cached(locked: Any) -> None:
     ],
 )  # fmt: skip
 def test_nesting_is_found_in_linear_time(body: bytes, depth: int) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     assert nesting(body) == depth
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2
 
 
 def test_key_files(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ again, not that his own is bad."""
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -92,7 +91,7 @@ def test_a_schema_that_waits_too_long_may_come_again(
 def test_only_the_schema_that_takes_too_long_is_bad(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar_check, "SECONDS", 0.5)
+    monkeypatch.setattr(grammar_check, "SECONDS", 2.0)
     monkeypatch.setattr(grammar_check, "WAIT", 60.0)
     another = {**EXPLODING, "multipleOf": 99999989}
     schemas = [EXPLODING, {"type": "boolean"}, another, {"type": "null"}]
@@ -133,7 +132,23 @@ def test_nobody_else_waits_for_new_schemas(serve: Any, monkeypatch: pytest.Monke
 def test_nothing_is_compiled_for_who_has_left(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_check, "WAIT", 60.0)
     monkeypatch.setattr(service, "COMPILING", 1)
-    compiled = []
+    handed_over = threading.Semaphore(0)
+
+    class Pool(ThreadPoolExecutor):
+        """Tells when a request waits for the one thread that compiles, which takes them in turn."""
+
+        def __init__(self, threads: int, name: str) -> None:
+            super().__init__(threads, name)
+            self.compiles = name == "compile"
+
+        def submit(self, *args: Any) -> Future[Any]:  # type: ignore[override]
+            future = super().submit(*args)
+            if self.compiles:
+                handed_over.release()
+            return future
+
+    monkeypatch.setattr(service, "ThreadPoolExecutor", Pool)
+    compiled: list[str] = []
     compile_ = grammar.compile_grammar
     monkeypatch.setattr(
         grammar, "compile_grammar", lambda *args: compiled.append(args[1]) or compile_(*args)
@@ -143,14 +158,11 @@ def test_nothing_is_compiled_for_who_has_left(serve: Any, monkeypatch: pytest.Mo
     with serve() as served, ThreadPoolExecutor(1) as clients:
         with served.engine._grammars._checker._lock:
             first = clients.submit(asking, served, {"const": "first"})
-            until = time.monotonic() + 30
-            while not any(thread.name.startswith("compile") for thread in threading.enumerate()):
-                assert time.monotonic() < until
+            assert handed_over.acquire(timeout=30)
             with raw.connect(served.url) as connection:
                 connection.sendall(raw.request(CHAT, "POST", body=body))
-                time.sleep(0.3)  # so that it is noticed before it has left
-            while 'status="499"' not in served.client.get("/metrics").text:
-                assert time.monotonic() < until
+                assert handed_over.acquire(timeout=30)
+            served.wait_until(lambda: 'status="499"' in served.client.get("/metrics").text)
         assert first.result().status_code == 200
         assert asking(served, {"const": "last"}).status_code == 200
         assert compiled == ['{"const": "first"}', '{"const": "last"}']
