@@ -94,6 +94,31 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
     return _frame("".join(parts), "", y_label, names)
 
 
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], label: str) -> str:
+    """One lying bar a row, its series end to end: {row: {series: value}}."""
+    names = list(dict.fromkeys(name for bars in rows.values() for name in bars))
+    marks = ticks(0.0, max((sum(bars.values()) for bars in rows.values()), default=0.0) or 1.0)
+    left, height = 150, 24
+    bottom = TOP + height * len(rows)
+    x_of = _scale(marks, left, WIDTH - RIGHT)
+    parts = [
+        f'<line x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" y1="{TOP}" y2="{bottom}" class="grid"/>'
+        f'<text x="{x_of(x):.1f}" y="{bottom + 16}" text-anchor="middle">{_number(x)}</text>'
+        for x in marks
+    ]
+    for place, (row, bars) in enumerate(rows.items()):
+        y, at = TOP + height * place, 0.0
+        parts.append(f'<text x="{left - 6}" y="{y + 16}" text-anchor="end">{escape(row)}</text>')
+        for name, value in bars.items():
+            width = x_of(at + value) - x_of(at)
+            parts.append(
+                f'<rect x="{x_of(at):.1f}" y="{y + 3}" width="{width:.1f}" height="{height - 6}" '
+                f'fill="{COLOURS[names.index(name)]}"/>'
+            )
+            at += value
+    return _frame("".join(parts), label, "", names, bottom + BOTTOM)
+
+
 def standalone(chart: str) -> str:
     """`chart` as a file of its own: on white, and without variables, which not all viewers know."""
     plain = re.sub(r"var\(--[\w-]+,([^)]*)\)", r"\1", chart)
@@ -144,7 +169,9 @@ def _y_tick(y: float, text: str) -> str:
     )
 
 
-def _frame(body: str, x_label: str, y_label: str, names: Sequence[str]) -> str:
+def _frame(
+    body: str, x_label: str, y_label: str, names: Sequence[str], height: int = HEIGHT
+) -> str:
     legend, x = "", float(LEFT)
     for index, name in enumerate(names):
         legend += (
@@ -153,16 +180,58 @@ def _frame(body: str, x_label: str, y_label: str, names: Sequence[str]) -> str:
             f'<text x="{x + 14:.0f}" y="17">{escape(name)}</text>'
         )
         x += 30 + 7 * len(name)
-    middle = (TOP + HEIGHT - BOTTOM) / 2
+    middle = (TOP + height - BOTTOM) / 2
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(y_label)}" class="chart"><style>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(y_label or x_label)}" class="chart"><style>'
         ".chart text{font:12px system-ui,sans-serif;fill:var(--ink,#333)}"
         ".chart .value{font-size:10px;text-anchor:middle}"
         ".chart .grid{stroke:var(--line,#ddd);stroke-width:1}"
         f"</style>{body}{legend}"
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{height - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
         f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">'
         f"{escape(y_label)}</text></svg>"
     )
+
+
+def histogram_chart(
+    edges: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    marks: Sequence[float],
+    label: str,
+) -> str:
+    """Counts between `edges`, the series on top of each other; a dashed line at each of `marks`.
+
+    The bins are drawn equally wide, whatever the distance of their edges.
+    """
+    bins = len(edges) - 1
+    tops = [sum(values[i] for values in series.values()) for i in range(bins)]
+    y_ticks = ticks(0.0, max([*tops, 1]))
+    y_of = _scale(y_ticks, HEIGHT - BOTTOM, TOP)
+    width = (WIDTH - LEFT - RIGHT) / bins
+    parts = [_y_tick(y_of(y), _number(y)) for y in y_ticks]
+    parts += [
+        _x_tick(LEFT + width * i, f"{edges[i]:.3g}", line=False) for i in range(0, bins + 1, 8)
+    ]
+    below = [0.0] * bins
+    for index, values in enumerate(series.values()):
+        for i, value in enumerate(values):
+            if value:
+                top = y_of(below[i] + value)
+                parts.append(
+                    f'<rect x="{LEFT + width * i + 0.5:.1f}" y="{top:.1f}" '
+                    f'width="{width - 1:.1f}" height="{y_of(below[i]) - top:.1f}" '
+                    f'fill="{COLOURS[index]}"/>'
+                )
+                below[i] += value
+    for mark in marks:
+        place = sum(edge <= mark for edge in edges) - 1
+        inside = min(max(place, 0), bins - 1)
+        share = (mark - edges[inside]) / (edges[inside + 1] - edges[inside])
+        x = LEFT + width * (inside + min(max(share, 0.0), 1.0))
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
+            'stroke="var(--ink,#333)" stroke-dasharray="5 4" stroke-width="1.5"/>'
+        )
+    return _frame("".join(parts), label, "documents", list(series))

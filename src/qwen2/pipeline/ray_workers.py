@@ -34,11 +34,8 @@ class RayWorkers:
             raise UserError("--engine ray needs Ray: pip install 'qwen2[ray]'") from None
         if not ray.is_initialized():
             try:
-                ray.init(
-                    address=os.environ.get("RAY_ADDRESS"),
-                    log_to_driver=False,
-                    logging_level="error",
-                )
+                address = os.environ.get("RAY_ADDRESS")
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError) as error:
                 raise UserError(f"Ray's cluster cannot be reached: {error}") from None
         ray.data.DataContext.get_current().enable_progress_bars = False

@@ -138,12 +138,12 @@ class FilterSet(Config):
         """
         if not self._rules.rules:
             return [()] * len(languages)
-        return self._changed.judge_all(
+        return self.in_force.judge_all(
             {name: np.asarray(columns[name]) for name in self._rules.statistics}, languages
         )
 
     @property
-    def _changed(self) -> Rules:
+    def in_force(self) -> Rules:
         """The rules with `limits`, which hold in every language."""
         rules = self._rules
         return Rules(

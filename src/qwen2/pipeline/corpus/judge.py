@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qwen2.common.files import durable_file
-from qwen2.corpus.filters.rules import Failure, Rules
+from qwen2.corpus.filters.rules import Failure, Rule, Rules
 from qwen2.pipeline.corpus.layout import DOCUMENTS, Layout
 from qwen2.pipeline.corpus.recipe import CorpusRecipe, LanguageRule
 
@@ -63,10 +63,18 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     return table.select(columns) if columns else table
 
 
+def rules_of(recipe: CorpusRecipe, source: str) -> tuple[Rule, ...]:
+    """The rules that hold for the documents of `source`, of its filter set and of the scores."""
+    return (
+        *recipe.filters_of(source).in_force.rules,
+        *(recipe.quality.rules if recipe.quality else ()),
+    )
+
+
 def _numbers(layout: Layout, part: str, source: str) -> dict[str, pa.ChunkedArray]:
     """The columns that decisions are made of: facts, statistics, scores."""
     recipe = layout.recipe
-    filters = recipe.filters[next(s.filters for s in recipe.sources if s.name == source)]
+    filters = recipe.filters_of(source)
     wanted = [*FACTS, *sorted(filters.judged)]
     table = pq.read_table(layout.part(part) / DOCUMENTS, columns=wanted)
     columns = {name: table[name] for name in table.column_names}
@@ -77,13 +85,13 @@ def _numbers(layout: Layout, part: str, source: str) -> dict[str, pa.ChunkedArra
 
 
 def _reasons(columns: Mapping[str, pa.ChunkedArray], recipe: CorpusRecipe, source: str) -> Reasons:
-    filters = recipe.filters[next(s.filters for s in recipe.sources if s.name == source)]
+    filters = recipe.filters_of(source)
     languages = columns["language"].to_pylist()
     reasons: Reasons = [[] for _ in languages]
     for of, size in zip(reasons, columns["bytes"].to_pylist(), strict=True):
         if size < recipe.shortest:
             of.append(("short", f"{size} bytes, {recipe.shortest} wanted"))
-    if recipe.language:
+    if recipe.language and filters.measures != "code":
         _by_language(reasons, columns, recipe.language)
     numbers = {name: _array(columns[name]) for name in filters.judged}
     _add(reasons, filters.judge(numbers, languages))

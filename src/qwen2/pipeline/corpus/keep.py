@@ -41,7 +41,7 @@ def keep_part(layout: Layout, part: str) -> dict[str, int]:
     values = json.loads((layout.place("kept") / CHOSEN).read_text())
     held = HeldOut(values["fraction"], values["seed"], frozenset(values["also"]))
     rows = unique_rows(layout, part)
-    gone = _contaminated(layout, part)
+    gone = contaminated(layout, part)
     keys = {facts["id"]: facts["key"] for facts in _facts(layout, part, rows)}
     sides: dict[str, list[tuple[Document, int]]] = {side: [] for side in SIDES}
     counts: Counter[str] = Counter()
@@ -90,7 +90,8 @@ def _with_rows(
     short += row_of
 
 
-def _contaminated(layout: Layout, part: str) -> frozenset[str]:
+def contaminated(layout: Layout, part: str) -> frozenset[str]:
+    """Ids of the documents of `part` that hold what a test set asks."""
     if not layout.has("contamination"):
         return frozenset()
     return frozenset(read_table(layout.file("contamination", part), ["id"])["id"].to_pylist())
@@ -99,7 +100,7 @@ def _contaminated(layout: Layout, part: str) -> frozenset[str]:
 def _sizes(layout: Layout) -> Iterator[tuple[str, str, int]]:
     """(kind, split key, bytes) of each document that is no duplicate and not contaminated."""
     for part in layout.parts:
-        gone = _contaminated(layout, part)
+        gone = contaminated(layout, part)
         for row in _facts(layout, part, unique_rows(layout, part)):
             if row["id"] not in gone:
                 yield row["kind"], row["key"], row["bytes"]

@@ -42,7 +42,7 @@ READS: dict[str, tuple[str, ...]] = {
     "contamination": ("duplicates",),
     "kept": ("repeated", "contamination", "duplicates"),
     "tokens": ("kept",),
-    "tally": ("kept", "tokens"),
+    "fates": ("kept",),
 }
 """Stage -> the stages whose files it reads, itself later than all of them."""
 
@@ -158,5 +158,5 @@ def stage_settings(recipe: CorpusRecipe) -> dict[str, Any]:
         "contamination": r["decontamination"],
         "kept": [r["held_out"], r["seed"]],
         "tokens": r["tokens"],
-        "tally": [],
+        "fates": [],
     }

@@ -176,10 +176,11 @@ def _prepared(
 ) -> Iterator[tuple[pa.Table, int]]:
     """Tables of documents that are edited and measured, and the bytes that were read."""
     filters = recipe.filters[source.filters]
+    rule = recipe.language if filters.measures != "code" else None
     for low in range(0, len(documents), ROW_GROUP):
         some = documents[low : low + ROW_GROUP]
         read = sum(len(document.text.encode("utf-8", "surrogatepass")) for document in some)
-        yield _table(some, recipe.language, filters), read
+        yield _table(some, rule, filters), read
 
 
 def _table(

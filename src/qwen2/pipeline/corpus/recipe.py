@@ -19,7 +19,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 
 
 class LanguageRule(LanguageConfig):
-    """How the language is found, and which languages stay."""
+    """How the language is found, and which languages stay. Code has none."""
 
     keep: tuple[str, ...] | None = None
     """Codes that stay, `mixed` and `unknown` among them if wanted; None: all."""
@@ -79,6 +79,10 @@ class CorpusRecipe(Config):
     tokens: Tokens | None = Tokens()
     part_megabytes: PositiveFloat = 16.0
     """Text of a part: what a worker has in memory, and the most that a crash costs it."""
+
+    def filters_of(self, source: str) -> FilterSet:
+        """The filter set of the source of this name."""
+        return self.filters[next(s.filters for s in self.sources if s.name == source)]
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -9,9 +9,10 @@ from typing import Any
 
 from qwen2.common.files import remove_leftovers
 from qwen2.common.progress import Progress
-from qwen2.pipeline.corpus import duplicates, judge, keep, prepare
+from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare
 from qwen2.pipeline.corpus.contamination import search_part
 from qwen2.pipeline.corpus.layout import Layout
+from qwen2.pipeline.corpus.page import write_report
 from qwen2.pipeline.corpus.recipe import CorpusRecipe
 from qwen2.pipeline.stages import Run, Stage, Stopped, run_stages
 from qwen2.pipeline.workers import Workers, total
@@ -27,7 +28,22 @@ def run_corpus(recipe: CorpusRecipe, out: Path, workers: Workers) -> CorpusRun:
         UserError: something about the recipe, its sources or the folder.
         Stopped: a signal came; all finished parts are kept.
     """
-    return run_stages(corpus_stages(recipe, out, workers), out, recipe, same_recipe=False)
+    run = run_stages(corpus_stages(recipe, out, workers), out, recipe, same_recipe=False)
+    run.results["report"] = report(Layout(out, recipe), workers)
+    return run
+
+
+def report(layout: Layout, workers: Workers) -> Figures:
+    """Count what all stages left, and write summary.json and report.html."""
+    parts = list(layout.parts)
+    counts: Figures = {}
+    with Progress("count", len(parts)) as progress:
+        for done, of_part in enumerate(workers.map(partial(fates.count_part, layout), parts), 1):
+            counts = fates.merged(counts, of_part)
+            progress.update(done)
+    if name := workers.stopped():
+        raise Stopped(f"{name}: all stages are kept; run the same command again")
+    return write_report(layout, counts)
 
 
 def corpus_stages(recipe: CorpusRecipe, out: Path, workers: Workers) -> list[Stage[CorpusRecipe]]:
@@ -43,6 +59,7 @@ def corpus_stages(recipe: CorpusRecipe, out: Path, workers: Workers) -> list[Sta
         ("repeated", "Find repeated ones", partial(duplicates.join_paragraphs, layout), True),
         ("contamination", "Look for test sets", by_part("contamination", search_part), False),
         ("kept", "Write what stays", lambda: _keep(layout, workers), False),
+        ("fates", "Count what became of all", by_part("fates", fates.fate_part), False),
     ]
     return [
         Stage(

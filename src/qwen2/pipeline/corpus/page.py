@@ -1,0 +1,333 @@
+"""The report of a corpus: summary.json, and one self-contained page without scripts."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from qwen2.common.files import durable_write
+from qwen2.common.plot import histogram_chart, stacked_bars
+from qwen2.corpus.filters.rules import Rule
+from qwen2.pipeline.corpus import examples
+from qwen2.pipeline.corpus.fates import FATES
+from qwen2.pipeline.corpus.judge import rules_of
+from qwen2.pipeline.corpus.layout import Layout
+from qwen2.pipeline.corpus.recipe import CorpusRecipe
+from qwen2.pipeline.corpus.why import FATES as SAID
+from qwen2.pipeline.mixture.page import JSON as MIXTURE
+from qwen2.pipeline.mixture.page import sections as mixture_sections
+from qwen2.pipeline.report import STYLE
+from qwen2.pipeline.stages import Run
+
+SUMMARY, PAGE = "summary.json", "report.html"
+MORE_STYLE = """
+details{margin:.3rem 0}summary{cursor:pointer}mark{background:#ffd54a;color:#222}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(22rem,1fr));gap:.6rem}
+.charts figure{margin:0}.charts figcaption{color:var(--soft);font-size:.85rem}
+.quiet{color:var(--soft);font-size:.85rem}.scroll{overflow-x:auto}
+"""
+
+Figures = Mapping[str, Any]
+Counts = dict[str, dict[str, list[int]]]
+
+
+def write_report(layout: Layout, counts: Figures) -> dict[str, Any]:
+    """Write summary.json and report.html into the run's folder; what both begin with.
+
+    Args:
+        counts: of all parts, see `fates.count_part`.
+    """
+    totals = total_by_fate(counts)
+    summary = {"totals": totals, "tokens": _tokens(layout), **counts}
+    data = json.dumps(summary, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    durable_write(layout.folder / SUMMARY, data.encode())
+    durable_write(layout.folder / PAGE, page(layout, summary).encode())
+    return {"totals": totals, "tokens": summary["tokens"]}
+
+
+def terminal_summary(run: Run[CorpusRecipe]) -> str:
+    """What a person at the terminal wants to know of a run: one screenful."""
+    report = run.results["report"]
+    totals = report["totals"]
+    documents = sum(n for n, _ in totals.values())
+    size = sum(b for _, b in totals.values())
+    lines = [f"{documents:,} documents, {_mb(size)} MB read", ""]
+    for fate in FATES:
+        count, of = totals.get(fate, [0, 0])
+        lines.append(f"{fate:<14}{count:>10,}{_mb(of):>12} MB {_share(of, size):>7}  {SAID[fate]}")
+    for side, kinds in report["tokens"].items():
+        lines.append(f"tokens, {side:<10}{sum(kinds.values()):>14,}")
+    return "\n".join([*lines, "", f"report   {run.folder / PAGE}"])
+
+
+def page(layout: Layout, summary: Figures) -> str:
+    """The page."""
+    body = [
+        *_tiles(summary),
+        *_flow("source", by_source(summary["fates"])),
+        *_flow("language", by_language(summary["fates"])),
+        *_flow("kind", by_kind(summary["fates"])),
+        *_reasons(layout, summary["reasons"]),
+        *_histograms(layout, summary["histograms"]),
+        *_labels(summary["labels"]),
+        *_edits(summary["edits"]),
+        *_clusters(layout),
+        *_contamination(layout),
+        *_samples(layout),
+        *_quarantine(layout, summary["quarantine"]),
+        *_mixture(layout),
+        *_how(layout),
+    ]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>Corpus</title><style>{STYLE}{MORE_STYLE}</style><body>{''.join(body)}</body></html>"
+    )
+
+
+def total_by_fate(counts: Figures) -> dict[str, list[int]]:
+    """Fate -> [documents, bytes]."""
+    return _sum_up(counts["fates"], lambda source, kind, language: "all").get("all", {})
+
+
+def by_source(fates: Figures) -> Counts:
+    """Source -> fate -> [documents, bytes]."""
+    return _sum_up(fates, lambda source, kind, language: source)
+
+
+def by_language(fates: Figures) -> Counts:
+    """Language -> fate -> [documents, bytes]."""
+    return _sum_up(fates, lambda source, kind, language: language)
+
+
+def by_kind(fates: Figures) -> Counts:
+    """Kind -> fate -> [documents, bytes]."""
+    return _sum_up(fates, lambda source, kind, language: kind)
+
+
+def _sum_up(fates: Figures, name: Any) -> Counts:
+    found: Counts = {}
+    for source, kinds in fates.items():
+        for kind, languages in kinds.items():
+            for language, of in languages.items():
+                sums = found.setdefault(name(source, kind, language), {})
+                for fate, (documents, size) in of.items():
+                    before = sums.get(fate, [0, 0])
+                    sums[fate] = [before[0] + documents, before[1] + size]
+    return found
+
+
+def _tokens(layout: Layout) -> dict[str, Any]:
+    if not layout.has("tokens"):
+        return {}
+    found = {}
+    for side in ("train", "held-out"):
+        index = layout.place("tokens") / side / "shards.json"
+        if index.exists():
+            found[side] = json.loads(index.read_text())["tokens_by_kind"]
+    return found
+
+
+def _tiles(summary: Figures) -> list[str]:
+    totals = summary["totals"]
+    documents = sum(n for n, _ in totals.values())
+    size = sum(b for _, b in totals.values())
+    kept = [totals.get(side, [0, 0]) for side in ("train", "held_out")]
+    tiles = {
+        "documents read": f"{documents:,}",
+        "megabytes read": _mb(size),
+        "documents kept": f"{sum(n for n, _ in kept):,}",
+        "megabytes kept": _mb(sum(b for _, b in kept)),
+        "held out": f"{kept[1][0]:,}",
+    }
+    if summary["tokens"]:
+        tokens = sum(sum(of.values()) for of in summary["tokens"].values())
+        tiles["tokens"] = f"{tokens / 1e6:,.2f}M"
+    shown = "".join(f"<div class=tile><b>{v}</b><span>{k}</span></div>" for k, v in tiles.items())
+    return ["<h1>What became of the text</h1>", f"<div class=tiles>{shown}</div>"]
+
+
+def _flow(name: str, counts: Counts) -> list[str]:
+    """Megabytes by fate, as bars and as a table."""
+    order = sorted(counts, key=lambda key: -sum(b for _, b in counts[key].values()))
+    bars = {
+        key: {fate: counts[key].get(fate, [0, 0])[1] / 1e6 for fate in FATES} for key in order[:14]
+    }
+    rows = []
+    for key in order:
+        of = counts[key]
+        documents, size = (sum(pair[i] for pair in of.values()) for i in (0, 1))
+        kept = sum(of.get(side, [0, 0])[1] for side in ("train", "held_out"))
+        shares = [_share(of.get(fate, [0, 0])[1], size) for fate in FATES[2:]]
+        rows.append([key, f"{documents:,}", _mb(size), *shares, _mb(kept), _share(kept, size)])
+    head = [name, "documents", "MB", *FATES[2:], "MB kept", "kept"]
+    return [
+        f"<h2>By {name}</h2>",
+        stacked_bars(bars, "megabytes"),
+        "<p class=quiet>" + "; ".join(f"{fate}: {SAID[fate]}" for fate in FATES) + ".</p>",
+        _table(head, rows),
+    ]
+
+
+def _reasons(layout: Layout, reasons: Figures) -> list[str]:
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for of in reasons.values():
+        for rule, (documents, alone) in of.items():
+            sums[rule][0] += documents
+            sums[rule][1] += alone
+    if not sums:
+        return []
+    shown = examples.dropped_examples(layout)
+    parts = [
+        "<h2>Why the rules dropped documents</h2>",
+        "<p class=quiet>Of each rule: documents that fail it; those that fail no other.</p>",
+    ]
+    for rule, (documents, alone) in sorted(sums.items(), key=lambda item: -item[1][0]):
+        blocks = "".join(
+            f"<p class=quiet>{escape(e['id'])}: {escape(e['evidence'])}</p>"
+            f"<pre>{escape(e['text'])}</pre>"
+            for e in shown.get(rule, ())
+        )
+        parts.append(
+            f"<details><summary><code>{escape(rule)}</code> {documents:,} documents, "
+            f"{alone:,} by it alone</summary>{blocks}</details>"
+        )
+    return parts
+
+
+def _histograms(layout: Layout, histograms: Figures) -> list[str]:
+    rules: dict[str, Rule] = {}
+    for source in layout.recipe.sources:
+        rules |= {rule.statistic: rule for rule in rules_of(layout.recipe, source.name)}
+    charts = []
+    for name, of in histograms.items():
+        marks = [m for m in (rules[name].least, rules[name].greatest) if m is not None]
+        series = {"kept": of["kept"], "dropped": of["dropped"]}
+        charts.append(f"<figure>{histogram_chart(of['edges'], series, marks, name)}</figure>")
+    if not charts:
+        return []
+    return [
+        "<h2>Measures and thresholds</h2>",
+        "<p class=quiet>Documents that all rules together keep and drop; dashed: the rule's limit "
+        "(languages may have others). What lies beyond the axis counts at its end.</p>",
+        f"<div class=charts>{''.join(charts)}</div>",
+    ]
+
+
+def _labels(labels: Figures) -> list[str]:
+    if not labels:
+        return []
+    order = sorted(labels.items(), key=lambda item: -item[1][0])
+    rows = [[name, f"{n:,}", f"{wrong:,}", _share(wrong, n)] for name, (n, wrong) in order]
+    return [
+        "<h2>Labels of languages, checked</h2>",
+        _table(["label", "documents", "text says otherwise", "share"], rows),
+    ]
+
+
+def _edits(edits: Figures) -> list[str]:
+    rows = [[name, f"{n:,}", f"{times:,}"] for name, (n, times) in sorted(edits.items())]
+    return ["<h2>Edits</h2>", _table(["what", "documents", "times"], rows)] if rows else []
+
+
+def _clusters(layout: Layout) -> list[str]:
+    parts = []
+    for cluster in examples.largest_clusters(layout):
+        members = "".join(
+            f"<p class=quiet>{escape(m['id'])}"
+            f"{', stays' if m['kept'] else ''}{', of an older set' if m['older'] else ''}, "
+            f"similarity {m['similarity']:.2f}</p><pre>{escape(m['text'])}</pre>"
+            for m in cluster["members"]
+        )
+        parts.append(
+            f"<details><summary>{cluster['size']:,} documents like "
+            f"<code>{escape(cluster['cluster'])}</code></summary>{members}</details>"
+        )
+    return ["<h2>Largest clusters of duplicates</h2>", *parts] if parts else []
+
+
+def _contamination(layout: Layout) -> list[str]:
+    if not layout.has("contamination"):
+        return []
+    parts = [
+        f"<details open><summary><code>{escape(hit['id'])}</code> has {hit['share']:.0%} of "
+        f"<code>{escape(hit['item'])}</code> ({hit['length']} tokens in common)</summary>"
+        f"<pre>… {escape(hit['before'])}<mark>{escape(hit['inside'])}</mark>"
+        f"{escape(hit['after'])} …</pre><p class=quiet>Asked:</p><pre>{escape(hit['asked'])}</pre>"
+        "</details>"
+        for hit in examples.contamination(layout)
+    ]
+    return ["<h2>Contamination, with the evidence</h2>", *(parts or ["<p>None found.</p>"])]
+
+
+def _samples(layout: Layout) -> list[str]:
+    parts = [
+        f"<details><summary>{SAID[fate]}</summary>"
+        + "".join(
+            f"<p class=quiet>{escape(row['id'])}, {row['language']}</p>"
+            f"<pre>{escape(row['text'])}</pre>"
+            for row in rows
+        )
+        + "</details>"
+        for fate, rows in examples.kept_and_lost(layout).items()
+    ]
+    return ["<h2>Documents drawn at random</h2>", *parts]
+
+
+def _quarantine(layout: Layout, quarantine: Figures) -> list[str]:
+    if not any(quarantine.values()):
+        return []
+    rows = [
+        [source, reason, f"{count:,}"]
+        for source, of in quarantine.items()
+        for reason, count in sorted(of.items(), key=lambda item: -item[1])
+    ]
+    blocks = "".join(
+        f"<p class=quiet>{escape(row['reason'])}: {escape(row['place'])}</p>"
+        f"<pre>{escape(row['excerpt'] or '')}</pre>"
+        for row in examples.quarantined(layout)
+    )
+    return [
+        "<h2>Quarantine: what could not be read</h2>",
+        _table(["source", "reason", "things"], rows),
+        f"<details><summary>Some of it</summary>{blocks}</details>",
+    ]
+
+
+def _mixture(layout: Layout) -> list[str]:
+    """The search for a mixture, when it was made in `mixture/` of the run's folder."""
+    path = layout.folder / "mixture" / MIXTURE
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    return ["<h1>Which mixture to train on</h1>", *mixture_sections(results)]
+
+
+def _how(layout: Layout) -> list[str]:
+    recipe = (layout.folder / "recipe.yaml").read_text(encoding="utf-8")
+    return [
+        "<h2>How</h2>",
+        "<p><code>qwen2 corpus why ID --out "
+        f"{escape(Path(layout.folder).name)}</code> tells the life of one document.</p>",
+        f"<details><summary>The recipe</summary><pre>{escape(recipe)}</pre></details>",
+    ]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.2f}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
