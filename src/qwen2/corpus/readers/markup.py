@@ -1,4 +1,4 @@
-"""DocBook, Mallard and other XML as Markdown: headings, paragraphs, lists, tables, code.
+"""DocBook, Mallard, HTML and their like as Markdown: headings, paragraphs, lists, tables, code.
 
 What is not known as inline, code, list, ... is a paragraph when text stands in it and a container
 when not, so that other formats of prose give their paragraphs too.
@@ -10,17 +10,20 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
+from qwen2.common.errors import UserError
+
 SECTIONS = frozenset((
     "page", "book", "part", "chapter", "appendix", "preface", "article", "section", "simplesect",
     "refentry", "refsection", "glossary", "sect1", "sect2", "sect3", "sect4", "sect5", "refsect1",
     "refsect2", "refsect3",
 ))  # fmt: skip
 PARAGRAPHS = frozenset((
-    "p", "para", "simpara", "title", "subtitle", "term", "desc", "cite", "refname", "refpurpose",
+    "p", "para", "simpara", "title", "subtitle", "term", "desc", "refname", "refpurpose", "dt",
 ))  # fmt: skip
-CODE = frozenset(("programlisting", "screen", "literallayout", "synopsis", "codeblock"))
-ITEMS = frozenset(("item", "listitem", "step"))
-NUMBERED = frozenset(("steps", "orderedlist", "procedure"))
+CODE = frozenset(("programlisting", "screen", "literallayout", "synopsis", "codeblock", "pre"))
+ITEMS = frozenset(("item", "listitem", "step", "li"))
+NUMBERED = frozenset(("steps", "orderedlist", "procedure", "ol"))
+HEADINGS = {f"h{level}": level for level in range(1, 7)}
 ROWS = frozenset(("tr", "row"))
 CONTAINERS = frozenset((
     "list", "terms", "itemizedlist", "variablelist", "varlistentry", "simplelist", "segmentedlist",
@@ -28,19 +31,35 @@ CONTAINERS = frozenset((
     "figure", "informalfigure", "table", "informaltable", "tgroup", "thead", "tbody", "tfoot",
     "listing", "quote", "blockquote", "sidebar", "formalpara", "glosslist", "glossentry",
     "glossdef", "abstract", "bridgehead", "refnamediv", "refsynopsisdiv", "qandaset", "qandaentry",
-    "question", "answer", "table-wrap", "div", "body",
+    "question", "answer", "table-wrap", "div", "body", "ul", "dl", "dd", "main", "address", "center",
+    "details", "summary", "figcaption", "hr", "caption",
 ))  # fmt: skip
-BLOCKS = SECTIONS | PARAGRAPHS | CODE | ITEMS | NUMBERED | ROWS | CONTAINERS
+BLOCKS = SECTIONS.union(PARAGRAPHS, CODE, ITEMS, NUMBERED, ROWS, CONTAINERS, HEADINGS)
 LEFT_OUT = frozenset((
     "indexterm", "index", "toc", "remark", "revhistory", "links", "media", "mediaobject",
     "inlinemediaobject", "screenshot", "credit", "license", "shortcut", "anchor", "colspec",
     "glosssee", "glossseealso", "rules", "metadata", "svg",
+    "head", "script", "style", "noscript", "template", "nav", "footer", "form", "button",
+    "iframe", "object",
 ))  # fmt: skip
 LITERAL = frozenset((
     "code", "cmd", "command", "filename", "file", "literal", "option", "envar", "function",
     "varname", "computeroutput", "userinput", "input", "output", "sys", "systemitem",
 ))  # fmt: skip
 JOINED = {"guiseq": " > ", "menuchoice": " > ", "keyseq": "+", "keycombo": "+"}
+
+
+def lxml_etree() -> Any:
+    """The module lxml.etree.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from lxml import etree
+    except ImportError:
+        raise UserError("reading markup needs lxml: pip install 'qwen2[corpus]'") from None
+    return etree
 
 
 def markdown(root: Any) -> str:
@@ -67,7 +86,10 @@ def _block(element: Any, depth: int, parent: str | None) -> list[str]:
         if parent in SECTIONS or (parent or "").endswith("info"):
             return [f"{'#' * min(max(depth, 1), 6)} {text}"] if text else []
         return [f"**{text}**"] if text else []
-    if tag in CODE or (tag in ("code", "screen") and parent not in PARAGRAPHS):
+    if tag in HEADINGS:
+        text = _plain(element)
+        return [f"{'#' * HEADINGS[tag]} {text}"] if text else []
+    if tag in CODE or (tag == "code" and parent not in PARAGRAPHS and parent not in ITEMS):
         text = textwrap.dedent("".join(element.itertext())).strip("\n")
         return [f"```\n{text}\n```"] if text.strip() else []
     if tag in ("table", "informaltable"):
@@ -83,7 +105,7 @@ def _block(element: Any, depth: int, parent: str | None) -> list[str]:
             blocks.append(text)
         run.clear()
 
-    is_prose = tag in PARAGRAPHS or _has_text(element)
+    is_prose = tag in PARAGRAPHS or _has_text(element) or not _has_blocks(element)
     number = 0
     for child in element:
         name = local(child)
@@ -148,6 +170,11 @@ def _inline(element: Any) -> str:
 
 def _shown(texts: Iterable[str]) -> list[str]:
     return [text for text in texts if text]
+
+
+def _has_blocks(element: Any) -> bool:
+    """Whether blocks are below; in formats that are not known, any element that is no leaf is one."""
+    return any(local(child) in BLOCKS or len(child) for child in element)
 
 
 def _has_text(element: Any) -> bool:

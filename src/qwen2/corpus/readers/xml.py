@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from html.entities import html5
 from typing import Any, ClassVar, Literal
 
-from qwen2.common.errors import UserError
 from qwen2.corpus.files import Found
 from qwen2.corpus.readers.base import FileReader, Split
-from qwen2.corpus.readers.markup import markdown
+from qwen2.corpus.readers.markup import lxml_etree, markdown
 from qwen2.corpus.readers.places import Place, file_system
 from qwen2.corpus.readers.streams import FileError, read_whole
 
@@ -56,10 +55,7 @@ class XmlSource(FileReader):
 
 def _parsed(text: str) -> tuple[Any, str]:
     """The root element; or None and what is wrong."""
-    try:
-        from lxml import etree
-    except ImportError:
-        raise UserError("reading XML needs lxml: pip install 'qwen2[corpus]'") from None
+    etree = lxml_etree()
     parser = etree.XMLParser(
         resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True,
         remove_pis=True, strip_cdata=True,
