@@ -60,7 +60,7 @@ def _parse(source: RecordReader, place: Place, line: Line, where: str) -> dict[s
         return source.skipped(place, "JSON beyond Python's limits", where, data)
     if not isinstance(record, dict):
         return source.skipped(place, "not a JSON object", where, data)
-    if SUSPICIOUS.search(data):
+    if b"\\u" in data and SUSPICIOUS.search(data):
         text = source.fields.text
         return {name: value if name == text else plain(value) for name, value in record.items()}
     return record

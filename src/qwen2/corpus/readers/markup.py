@@ -31,8 +31,8 @@ CONTAINERS = frozenset((
     "figure", "informalfigure", "table", "informaltable", "tgroup", "thead", "tbody", "tfoot",
     "listing", "quote", "blockquote", "sidebar", "formalpara", "glosslist", "glossentry",
     "glossdef", "abstract", "bridgehead", "refnamediv", "refsynopsisdiv", "qandaset", "qandaentry",
-    "question", "answer", "table-wrap", "div", "body", "ul", "dl", "dd", "main", "address", "center",
-    "details", "summary", "figcaption", "hr", "caption",
+    "question", "answer", "table-wrap", "div", "body", "ul", "dl", "dd", "main", "address",
+    "center", "details", "summary", "figcaption", "hr", "caption",
 ))  # fmt: skip
 BLOCKS = SECTIONS.union(PARAGRAPHS, CODE, ITEMS, NUMBERED, ROWS, CONTAINERS, HEADINGS)
 LEFT_OUT = frozenset((

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ class Fields(Config):
     licence: str | None = None
     group: str | None = None
 
-    @property
+    @functools.cached_property
     def labels(self) -> dict[str, str]:
         """Attribute of a document -> field."""
         return self.model_dump(exclude={"text", "id"}, exclude_none=True)

@@ -118,34 +118,31 @@ def lines(stream: Iterable[bytes], limit: int) -> Iterator[Line]:
         FileError: the stream did; the line that it broke off in was given.
     """
     number, offset = 1, 0
-    pending = bytearray()  # the line that is not at its end
+    pending = b""  # the beginning of the line that the next block goes on with
     length = 0  # of that line, also what was thrown away
     damage: FileError | None = None
-
-    def line(data: bytes) -> Line:
-        return Line(number, offset, data, len(data) == length)
-
     try:
         for block in stream:
-            first, *rest = block.split(b"\n")
-            pending += first[: limit + 1 - len(pending)]
+            first, *others = block.split(b"\n")
             length += len(first)
-            for following in rest:
-                if length > limit:
-                    del pending[4 * EXCERPT :]
-                if pending and not pending.isspace():
-                    yield line(bytes(pending))
+            pending += first[: limit + 1 - len(pending)]
+            for following in others:
+                if length > limit or pending.strip():
+                    yield _line(number, offset, pending, length, limit)
                 number, offset = number + 1, offset + length + 1
-                pending, length = bytearray(following[: limit + 1]), len(following)
+                pending, length = following[: limit + 1], len(following)
     except FileError as error:
         damage = error
-    if length > limit:
-        del pending[4 * EXCERPT :]
-    if pending and not pending.isspace():
-        yield line(bytes(pending))
+    if length > limit or pending.strip():
+        yield _line(number, offset, pending, length, limit)
     if damage:
         damage.where = f", byte {offset + length} unpacked"
         raise damage
+
+
+def _line(number: int, offset: int, data: bytes, length: int, limit: int) -> Line:
+    is_whole = length <= limit
+    return Line(number, offset, data if is_whole else data[: 4 * EXCERPT], is_whole)
 
 
 def excerpt(data: bytes | str, at: int = 0) -> str:
