@@ -2,12 +2,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import fsspec
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from reading import SOURCE, read
 
 from qwen2.common.errors import UserError
@@ -21,6 +21,10 @@ class FakeHub(MemoryFileSystem):
     store: dict[str, object] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
 
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("hf://").strip("/")
+
 
 def hub(**settings: object) -> HubSource:
     values = {"name": "s", "kind": "web", "format": "hub", "dataset": "who/what", **settings}
@@ -30,13 +34,7 @@ def hub(**settings: object) -> HubSource:
 
 @pytest.fixture
 def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        fsspec.registry.target
-        if hasattr(fsspec.registry, "target")
-        else (fsspec.registry._registry),
-        "hf",
-        FakeHub,
-    )
+    monkeypatch.setitem(_registry, "hf", FakeHub)
     monkeypatch.setattr(
         huggingface_hub.HfApi, "dataset_info",
         lambda self, name, revision: SimpleNamespace(sha=f"c0ffee-{revision}"),

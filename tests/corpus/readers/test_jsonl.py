@@ -144,12 +144,12 @@ def test_any_bytes(
 
 
 def test_truncated_gzip_keeps_what_came_before(tmp_path: Path) -> None:
-    many = b"".join(b'{"text": "document %d"}\n' % i for i in range(20_000))
+    many = b"".join(b'{"text": "document %d"}\n' % i for i in range(5_000))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(many)[:-1000])
     (tmp_path / "b.jsonl").write_bytes(LINES)
     documents, skipped = read(source("jsonl", tmp_path))
     number = len(documents) - 3
-    assert 10_000 < number < 20_000
+    assert 1_000 < number < 5_000
     assert [d.text for d in documents[:number]] == [f"document {i}" for i in range(number)]
     assert [d.text for d in documents[number:]] == TEXTS
     assert [s.reason for s in skipped] in (

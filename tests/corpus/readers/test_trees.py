@@ -20,8 +20,9 @@ def put(root: Path, files: dict[str, str | bytes]) -> Path:
 def test_text(tmp_path: Path) -> None:
     put(tmp_path, {
         "de/a.md": "# Eins\r\n", "de/b.txt.gz": gzip.compress(b"zwei"), "fr/c.rst": "\ufefftrois",
-        "fr/d.adoc": "quatre", "fr/zero.txt": b"a\0b", "fr/latin.txt": b"caf\xe9", "fr/empty.md": "\n",
-        "fr/long.txt": "x" * 200, "fr/cut.txt.gz": gzip.compress(b"long enough")[:-3],
+        "fr/d.adoc": "quatre", "fr/zero.txt": b"a\0b", "fr/latin.txt": b"caf\xe9",
+        "fr/empty.md": "\n", "fr/long.txt": "x" * 200,
+        "fr/cut.txt.gz": gzip.compress(b"long enough")[:-3],
     })  # fmt: skip
     documents, skipped = read(source("text", f"{tmp_path}/{{language}}", max_bytes=100))
     assert [(d.id, d.text, d.language) for d in documents] == [
@@ -49,9 +50,11 @@ def test_ids_do_not_mix_up_names_with_records(tmp_path: Path) -> None:
 def test_code(tmp_path: Path) -> None:
     put(tmp_path, {
         "one/LICENSE": "MIT License\n\nPermission is hereby granted, free of charge",
-        "one/a/b/x.py": "print(1)\n", "one/a/y.rs": "// SPDX-License-Identifier: MPL-2.0\nfn x() {}",
+        "one/a/b/x.py": "print(1)\n",
+        "one/a/y.rs": "// SPDX-License-Identifier: MPL-2.0\nfn x() {}",
         "two/COPYING": "GNU GENERAL PUBLIC LICENSE", "two/Makefile": "all:\n", "two/data.csv": "1",
-        "three/z.c": "int x;", "one/node_modules/m.js": "x", "two/.git/h.py": "x", "two/vendor/v.go": "x",
+        "three/z.c": "int x;",
+        "one/node_modules/m.js": "x", "two/.git/h.py": "x", "two/vendor/v.go": "x",
     })  # fmt: skip
     documents, skipped = read(source("code", f"{tmp_path}/{{group}}", licence="unknown"))
     assert not skipped
@@ -80,7 +83,7 @@ PAGE = f"""<!doctype html><html><head><title>All &amp;
     return 1</pre><p>{SENTENCE * 2}</p>
 <table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table></main>
 <footer>Footer words</footer></body></html>"""
-EMPTY = "<html><body><nav><a href='/'>Home</a></nav></body></html>"
+EMPTY = "<html><body><nav></nav><script>let words = 1</script></body></html>"
 
 
 @pytest.mark.parametrize("favour", ["balanced", "precision", "recall", "everything"])

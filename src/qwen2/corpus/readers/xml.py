@@ -83,8 +83,14 @@ def _expanded(text: str, url: str, limit: int) -> str:
             break
         known = {**_of_folder(url.rpartition("/")[0]), **own}
         text = _put_in(text, known, limit)
-    # What is defined nowhere stays readable, and well-formed.
-    return REFERENCE.sub(lambda m: m[0] if m[1] in OWN else f"&amp;{m[1]};", text)
+    # What nests deeper, or in itself, stays readable, and well-formed.
+    pieces = CDATA.split(text)
+    pieces[::2] = [REFERENCE.sub(_as_written, piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def _as_written(match: re.Match[str]) -> str:
+    return match[0] if match[1] in OWN else f"&amp;{match[1]};"
 
 
 def _put_in(text: str, known: Mapping[str, str], limit: int) -> str:
@@ -92,7 +98,7 @@ def _put_in(text: str, known: Mapping[str, str], limit: int) -> str:
         name = match[1]
         if name in OWN:
             return match[0]
-        return known.get(name) or html5.get(f"{name};") or f"&amp;{name};"
+        return known.get(name) or html5.get(f"{name};") or _as_written(match)
 
     pieces = CDATA.split(text)
     size = len(text) + sum(
