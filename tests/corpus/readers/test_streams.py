@@ -1,4 +1,5 @@
 import gzip
+import io
 import os
 import tracemalloc
 from collections.abc import Iterator
@@ -6,11 +7,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen2.common.errors import UserError
 from qwen2.corpus.readers import streams
-from qwen2.corpus.readers.streams import FileError, blocks, excerpt, lines, read_whole
+from qwen2.corpus.readers.streams import FileError, blocks, excerpt, lines, open_file, read_whole
 
 LIMIT = 1 << 20
 
@@ -112,3 +116,22 @@ def test_padding_behind_a_gzip_file_is_nothing(tmp_path: Path) -> None:
 def test_excerpt() -> None:
     assert excerpt("a\x07b\ud800\n") == "a b\\ud800 "
     assert excerpt(b"x" * 100 + b"\xff" + b"y" * 500, 100) == "x" * 40 + "\\xff" + "y" * 119
+
+
+class Breaking(MemoryFileSystem):
+    """A remote store whose connection is lost."""
+
+    protocol = "breaking"
+    store: dict[str, object] = {}  # noqa: RUF012
+
+    def open(self, path: str, mode: str = "rb", **settings: object) -> io.BytesIO:
+        raise ConnectionResetError("connection\nreset")
+
+
+def test_a_lost_connection_stops_the_run_and_blames_no_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(_registry, "breaking", Breaking)
+    for read in (read_whole, lambda url, _: open_file(url)):
+        with pytest.raises(UserError, match="connection reset; start again to go on from here"):
+            read("breaking://a.jsonl", LIMIT)
