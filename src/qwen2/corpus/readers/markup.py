@@ -173,7 +173,7 @@ def _shown(texts: Iterable[str]) -> list[str]:
 
 
 def _has_blocks(element: Any) -> bool:
-    """Whether blocks are below; in formats that are not known, any element that is no leaf is one."""
+    """Whether blocks are below; in unknown formats, any element that is no leaf is one."""
     return any(local(child) in BLOCKS or len(child) for child in element)
 
 
