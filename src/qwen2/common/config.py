@@ -101,11 +101,19 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
 
 
 def _model_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
-    """The model class at `path` below `cls`: through optional fields, lists and unions."""
+    """The model class at `path` below `cls`: through optional fields, lists and tagged unions."""
+    models = [cls]
     for part in path:
-        if isinstance(part, str) and part in cls.model_fields:
-            cls = next(_models_in(cls.model_fields[part].annotation), cls)
-    return cls
+        if isinstance(part, str) and part in models[0].model_fields:
+            models = list(_models_in(models[0].model_fields[part].annotation)) or models
+        elif isinstance(part, str):
+            models = [model for model in models if _has_tag(model, part)] or models
+    return models[0]
+
+
+def _has_tag(cls: type[BaseModel], tag: str) -> bool:
+    """Whether a field of `cls` has `tag` as its only value, so that a union tells it by that."""
+    return any(typing.get_args(f.annotation) == (tag,) for f in cls.model_fields.values())
 
 
 def _models_in(annotation: Any) -> typing.Iterator[type[BaseModel]]:

@@ -21,8 +21,11 @@ class Skipped:
 
     kind: str
     reason: str
+    """In words that come again, so that reasons can be counted."""
     source: str
+    """File or URL, and the place in it: line and byte, row, offset."""
     excerpt: str = ""
+    """Some characters of what was skipped, that can be printed."""
 
 
 Found = Document | Skipped
