@@ -51,7 +51,7 @@ CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)", re.ASCII)
 SECRETS = re.compile(
     r"""(?x)
     -----BEGIN\ (?:[A-Z0-9]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----
-        [\s\S]{16,16000}?-----END\ (?:[A-Z0-9]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----
+        (?:[^-]|-(?!----)){16,16000}-----END\ (?:[A-Z0-9]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----
     | \b(?: (?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{16}              # Amazon
       | gh[pousr]_[A-Za-z0-9]{36,255} | github_pat_\w{22,255}  # GitHub
       | glpat-[\w-]{20,64}                                      # GitLab
