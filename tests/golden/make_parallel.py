@@ -62,6 +62,9 @@ def main() -> None:
                 if len(translated) != len(source.get(page, [])):
                     continue
                 for n, pair in enumerate(documents(source[page], translated, language)):
+                    # Else it is code, with headings of the language around it.
+                    if (agreement(language, identify(pair[1])) or 0) < 0.5:
+                        continue
                     pairs.append(pair)
                     languages.append(language)
                     texts.append(f"{place.name}/{page}/{n}")

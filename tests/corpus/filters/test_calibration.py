@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 from qwen2.common.errors import UserError
 from qwen2.corpus.filters import (
-    TEXT_RULES,
     CalibrationConfig,
     Limits,
     Rule,
     Rules,
     calibrate,
-    defaults,
     with_limits,
 )
 from qwen2.corpus.filters.calibration import differ, wilson
@@ -117,9 +115,10 @@ def test_promises(english: list[float], other: list[float], limit: float, end: s
     new = with_limits(rules, found.languages)
     dropped = [bool(v) for v in new.judge_all(numbers, labels)]
     # English is judged as before, and what is said of the language is so.
-    assert dropped[: len(english)] == [bool(v) for v in rules.judge_all(numbers, labels)][
-        : len(english)
-    ]
+    assert (
+        dropped[: len(english)]
+        == [bool(v) for v in rules.judge_all(numbers, labels)][: len(english)]
+    )
     assert np.mean(dropped[len(english) :]) == pytest.approx(one.after)
     if one.limit is None:
         assert one.before > one.reference_share

@@ -1,7 +1,6 @@
 """Golden prose in 30 languages passes; the same prose spoilt is dropped, by the rule that should.
 
-Limits that were calibrated are also tried on numbers of translated books (tests/golden/parallel.npz):
-each language passes about as often as the English of the same texts, and each limit is needed.
+`test_parallel.py` tries the same limits on numbers of translated books.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from qwen2.corpus.filters import (
