@@ -127,13 +127,14 @@ def identify(text: str, config: LanguageConfig = LanguageConfig()) -> Identified
         total += _letters(segment)
     if not total or not probability:
         return Identified(UNKNOWN, 0.0)
-    best, weight = max(probability.items(), key=lambda item: (item[1], item[0]))
-    if best in PAIRS:
+    for pair in {frozenset(pair) for pair in PAIRS.items() if pair[0] in probability}:
         # The model parts these by chance: what it gives to either is for the one that words say.
-        weight += probability[PAIRS[best]]
-        of_both = shares.pop(best, 0) + shares.pop(PAIRS[best], 0)
-        best = of_pair(best, " ".join(segments))
-        shares[best] = of_both
+        likely = max(sorted(pair), key=lambda one: probability[one])
+        chosen = of_pair(likely, " ".join(segments))
+        probability[chosen], shares[chosen] = (
+            sum(counts.pop(one, 0) for one in pair) for counts in (probability, shares)
+        )
+    best, weight = max(probability.items(), key=lambda item: (item[1], item[0]))
     score = min(weight / total, 1.0)
     kept = {one: n / total for one, n in sorted(shares.items()) if n >= LEAST_SHARE * total}
     if _is_mixed(kept, config.mixed_share):
