@@ -130,9 +130,8 @@ def identify(text: str, config: LanguageConfig = LanguageConfig()) -> Identified
         # The model parts these by chance: what it gives to either is for the one that words say.
         likely = max(sorted(pair), key=lambda one: probability[one])
         chosen = of_pair(likely, " ".join(segments))
-        probability[chosen], shares[chosen] = (
-            sum(counts.pop(one, 0) for one in pair) for counts in (probability, shares)
-        )
+        probability[chosen] = sum(probability.pop(one, 0.0) for one in pair)
+        shares[chosen] = sum(shares.pop(one, 0) for one in pair)
     best, weight = max(probability.items(), key=lambda item: (item[1], item[0]))
     score = min(weight / total, 1.0)
     kept = {one: n / total for one, n in sorted(shares.items()) if n >= LEAST_SHARE * total}
