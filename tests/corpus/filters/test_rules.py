@@ -75,3 +75,8 @@ def test_relaxed_limits_drop_no_more(words: float, slack: float) -> None:
 def test_bad_rules_are_one_line(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Rules.parse(values)
+
+
+def test_a_statistic_that_was_not_measured_is_named() -> None:
+    with pytest.raises(UserError, match="no statistic 'hashes' was measured"):
+        RULES.judge({"words": 4}, "en")

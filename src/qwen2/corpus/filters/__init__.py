@@ -1,6 +1,13 @@
 """Heuristic filters: editors (text to text), measures (texts to numbers), rules (to decisions)."""
 
 from qwen2.corpus.filters.c4 import C4Lines, keep_lines
+from qwen2.corpus.filters.calibration import (
+    Calibrated,
+    CalibrationConfig,
+    Evidence,
+    calibrate,
+    with_limits,
+)
 from qwen2.corpus.filters.code import licence, without_licence_header
 from qwen2.corpus.filters.defaults import CODE_RULES, TEXT_RULES
 from qwen2.corpus.filters.measures import (
@@ -21,12 +28,16 @@ __all__ = [
     "TEXT_RULES",
     "TEXT_STATISTICS",
     "C4Lines",
+    "Calibrated",
+    "CalibrationConfig",
+    "Evidence",
     "Failure",
     "FilterSet",
     "Find",
     "Limits",
     "Rule",
     "Rules",
+    "calibrate",
     "find",
     "keep_lines",
     "licence",
@@ -34,5 +45,6 @@ __all__ = [
     "measure_code",
     "measure_text",
     "repair",
+    "with_limits",
     "without_licence_header",
 ]

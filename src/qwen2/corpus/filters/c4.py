@@ -74,7 +74,8 @@ def keep_lines(text: str, config: C4Lines = C4Lines()) -> str:  # noqa: B008 (it
         words = line.split()
         if len(words) < config.least_words and _words_of(line) < config.least_words:
             continue
-        if max(map(len, words)) > config.longest_word and not UNSPACED_LETTERS.search(line):
+        longest = max(map(len, words), default=0)
+        if longest > config.longest_word and not UNSPACED_LETTERS.search(line):
             continue
         if unwanted:
             low = line.lower()

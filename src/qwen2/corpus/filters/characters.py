@@ -38,7 +38,7 @@ ALONE = 1 << 9
 UNSPACED = 1 << 10
 """A letter of a script that has no spaces between words: a token of its own, with its marks."""
 MARK = 1 << 11
-"""Combining: belongs to the character before it."""
+"""Combining, or a joiner or space of no width: belongs to the character before it."""
 TERMINAL = 1 << 12
 """Ends a sentence."""
 PUNCTUATION = 1 << 13
@@ -89,6 +89,8 @@ def table() -> Bits:
     known[category == "Ll"] |= LOWER
     known[category == "Lu"] |= UPPER
     known[major == "M"] |= MARK
+    # Khmer, Thai and Lao may be written with a space of no width between words.
+    known[[0x200B, 0x200C, 0x200D, 0x2060]] |= MARK
     known[major == "P"] |= PUNCTUATION
     known[category == "So"] |= ALONE
     known[np.isin(major, ["L", "M", "N"])] |= CONTENT

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from qwen2.common.config import Config
+from qwen2.common.errors import UserError
 
 
 class Limits(Config):
@@ -83,7 +84,7 @@ class Rules(Config):
 
     def judge(self, numbers: Mapping[str, float], language: str | None) -> tuple[Failure, ...]:
         """The rules that a document with these `numbers` fails, in their order; none: it stays."""
-        columns = {name: np.array([numbers[name]]) for name in self.statistics}
+        columns = {name: np.array([value]) for name, value in numbers.items()}
         return self.judge_all(columns, [language])[0]
 
     def judge_all(
@@ -94,7 +95,12 @@ class Rules(Config):
         Args:
             columns: each statistic of all documents, (documents,).
             languages: of the documents.
+
+        Raises:
+            UserError: a statistic was not measured.
         """
+        for name in sorted(self.statistics - columns.keys()):
+            raise UserError(f"no statistic {name!r} was measured; measure the documents again")
         found: list[list[Failure]] = [[] for _ in languages]
         kinds, kind_of = np.unique([lang or "" for lang in languages], return_inverse=True)
         for rule in self.rules:
