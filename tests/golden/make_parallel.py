@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from lxml import etree, html
 
-from qwen2.corpus.filters import TEXT_RULES, C4Lines, calibrate, measure_text, repair
+from qwen2.corpus.filters import TEXT_RULES, calibrate, keep_lines, measure_text, repair
 from qwen2.corpus.language import agreement, canonical, identify
 
 HERE = Path(__file__).parent
@@ -94,7 +94,7 @@ def write(own: dict, english: dict, languages: list[str]) -> None:
 
 def statistics(texts: list[str], languages: list[str]) -> dict[str, np.ndarray]:
     """C4's of the lines that C4 keeps, all others of the whole text."""
-    edited = measure_text(texts, languages, C4Lines())
+    edited = measure_text(texts, languages, [keep_lines(text) for text in texts])
     whole = measure_text(texts, languages)
     return whole | {name: edited[name] for name in ("sentences", "lorem_ipsum", "curly_brackets")}
 

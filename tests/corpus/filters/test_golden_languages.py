@@ -38,7 +38,8 @@ SPOILT = load("spoilt")
 
 
 def failed(text: str, language: str, lines: C4Lines | None = None) -> set[str]:
-    columns = measure_text([text], [language], lines)
+    kept = [keep_lines(text, lines)] if lines else None
+    columns = measure_text([text], [language], kept)
     return {failure.rule for failure in TEXT_RULES.judge_all(columns, [language])[0]}
 
 
