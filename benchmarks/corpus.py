@@ -162,7 +162,7 @@ def agreement(rows: list[Row], place: Path, chosen: Any) -> dict[str, Any]:
         code = row["language"]
         group = "english" if code == "en" else "spaced" if code in SPACED else "unspaced"
         wanted = code in ("zh", "ja", "km") or group != "unspaced"
-        short = len(row["text"]) < 20_000
+        short = len(row["text"]) < 6_000
         if wanted and short and len(groups[group]) < share[group] * chosen.compared:
             groups[group].append(row)
     figures: dict[str, Any] = {}
