@@ -1,6 +1,7 @@
 """datatrove's filters over the documents of a JSON-lines file: decisions, and processor seconds.
 
-Runs in an environment of its own: `pip install datatrove spacy fasttext-numpy2-wheel fasteners`.
+Runs in an environment of its own: `pip install datatrove spacy fasttext-numpy2-wheel
+fasteners pyarrow tokenizers 'xxhash<4'`.
 Its language filter would fetch the large model; here it gets the small one that we use too.
 """
 
@@ -13,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from child import answer
+from dedup_child import deduplicate
 
 NAMES = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 
@@ -29,6 +31,7 @@ def load(documents: str, model: str, limit: str) -> Mapping[str, Callable[..., A
     )
     from datatrove.utils.text import split_into_parts
     from fasttext.FastText import _FastText
+    from tokenizers import Tokenizer
 
     with open(documents, encoding="utf-8") as file:  # noqa: PTH123 (the peer's Python)
         rows = [json.loads(line) for line in file][: int(limit) or None]
@@ -52,22 +55,33 @@ def load(documents: str, model: str, limit: str) -> Mapping[str, Callable[..., A
             return str(verdict[1])
         return None if verdict else "dropped"
 
-    def run(name: str, by_language: bool = False) -> dict[str, Any]:
-        """One filter on every document, whatever the others say."""
+    def run(which: str, by_language: bool = False) -> dict[str, Any]:
+        """One filter on every document, whatever the others say.
+
+        Its stop words are English, so other languages are not asked for them.
+        """
         makers_of: dict[str, Any] = {}
         split_into_parts.cache_clear()
         decisions, seconds = [], 0.0
         for row in rows:
             code = row["language"] if by_language else "en"
-            which = makers_of.setdefault(code, makers[name](language=code))
+            if code not in makers_of:
+                asked = which != "gopher_quality" or code == "en"
+                given = {} if asked else {"min_stop_words": None}
+                makers_of[code] = makers[which](language=code, **given)
+            one = makers_of[code]
             document = Document(text=row["text"], id="")
             started = time.process_time()
-            decisions.append(reason(which, document))
+            decisions.append(reason(one, document))
             seconds += time.process_time() - started
         return {"seconds": seconds, "decisions": decisions}
 
-    def pipeline() -> dict[str, Any]:
-        """All filters in FineWeb's order; a document that one drops meets no further one."""
+    def pipeline(tokenizer: str = "") -> dict[str, Any]:
+        """All filters in FineWeb's order; a document that one drops meets no further one.
+
+        With the file of a tokenizer, what stays is deduplicated by MinHash and tokenised.
+        """
+        bpe = Tokenizer.from_file(tokenizer) if tokenizer else None
         chain = [makers[name](language="en") for name in NAMES]
         split_into_parts.cache_clear()
         decisions, started = [], time.process_time()
@@ -76,7 +90,15 @@ def load(documents: str, model: str, limit: str) -> Mapping[str, Callable[..., A
             language.filter(document)
             found = (reason(which, document) for which in chain)
             decisions.append(next((r for r in found if r is not None), None))
-        return {"seconds": time.process_time() - started, "decisions": decisions}
+        stay = [row for row, why in zip(rows, decisions, strict=True) if why is None]
+        tokens = 0
+        if bpe:
+            kept = set(deduplicate([Document(text=row["text"], id=row["id"]) for row in stay]))
+            for row in stay:
+                tokens += len(bpe.encode(row["text"])) if row["id"] in kept else 0
+            stay = [row for row in stay if row["id"] in kept]
+        seconds = time.process_time() - started
+        return {"seconds": seconds, "decisions": decisions, "kept": len(stay), "tokens": tokens}
 
     def labels() -> dict[str, Any]:
         """Languages and scores of the language filter."""
@@ -89,6 +111,7 @@ def load(documents: str, model: str, limit: str) -> Mapping[str, Callable[..., A
 
     # The tokenizer is made at the first call.
     reason(makers["gopher_quality"](language="en"), Document(text="A word.", id=""))
+    deduplicate([Document(text="A word and some more of them.", id="")])
     return {
         "version": lambda: metadata.version("datatrove"),
         "run": run,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from qwen2.pipeline.corpus.why import Life
 
 app = typer.Typer(help="From raw text to a mixture that was chosen.", no_args_is_help=True)
+fetching = typer.Typer(help="Get text from elsewhere.", no_args_is_help=True)
+app.add_typer(fetching, name="fetch")
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe shipped.")]
 Overrides = Annotated[
@@ -143,3 +145,28 @@ def mixture(
         say(str(stopped))
         return
     print(json.dumps(results) if as_json else summary)
+
+
+@fetching.command()
+def debian(
+    out: Annotated[Path, typer.Option(help="Folder of the text; run it again to go on.")],
+    manifest: Annotated[
+        str, typer.Option(help="A YAML file, or the name of one shipped: packages and files.")
+    ] = "debian_packages",
+    as_json: Json = False,
+) -> None:
+    """Text of Debian's packages, by apt: nothing is installed, and no root is needed."""
+    import json
+    from dataclasses import asdict
+
+    from qwen2.common.recipes import find_recipe
+    from qwen2.corpus.debian import Manifest, fetch
+
+    fetched, absent = fetch(Manifest.load(find_recipe(manifest)), out)
+    if as_json:
+        print(json.dumps({"packages": [asdict(one) for one in fetched], "absent": absent}))
+        return
+    files, size = sum(one.files for one in fetched), sum(one.bytes for one in fetched)
+    print(f"{out}: {len(fetched)} packages, {files:,} files, {size / 1e6:.0f} MB")
+    if absent:
+        print(f"not in this release: {', '.join(absent)}")

@@ -46,11 +46,13 @@ SAME = {
     "nb": "no", "nn": "no", "iw": "he", "in": "id", "cmn": "zh", "yue": "zh", "wuu": "zh",
     "fil": "tl", "als": "de", "arz": "ar", "pes": "fa", "zsm": "ms",
 }  # fmt: skip
-NOISE = re.compile(
-    r"[a-z][a-z0-9+.-]{1,12}://\S+|www\.\S+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.[\w.-]+"
-    r"|&\w{1,8};|</?\w[^<>\n]{0,200}>|\b\w*[_\d]\w*|[\d#*/\\|<>=+~^`{}\[\]()_$%&@\"“”«»•·–—-]+",
-    re.IGNORECASE,
-)
+# What says nothing of the language, by what a line must hold for it to occur. None spans lines.
+ADDRESSES = r"[a-z][a-z0-9+.-]{1,12}://\S+|www\.\S+"
+MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.[\w.-]+"
+MARKUP = r"&\w{1,8};|</?\w[^<>\n]{0,200}>"
+NUMBERS = r"\b\w*[_\d]\w*"
+SIGNS = r"[\d#*/\\|<>=+~^`{}\[\]()_$%&@\"“”«»•·–—-]+"
+NUMERIC = re.compile(r"[_\d]")
 LETTERS = re.compile(r"[^\W\d_]+")
 LATIN = re.compile(r"[A-Za-z\u00aa-\u02af\u1e00-\u1eff\u0300-\u036f'’ .,;:!?\n]+")
 # Scripts of one language that matters, or of one that leads by far.
@@ -70,6 +72,8 @@ SCRIPTS = (
     ("hy", re.compile("[\u0530-\u058f]")),
     ("zh", re.compile("[\u3400-\u9fff\uf900-\ufaff]")),
 )
+FIRST_SCRIPT = "\u0370"
+"""Where the first of them begins."""
 
 
 class LanguageConfig(Config):
@@ -119,11 +123,12 @@ def identify(text: str, config: LanguageConfig = LanguageConfig()) -> Identified
     total = 0
     segments = _segments(text, config)
     for segment in segments:
-        for language, share, letters in _ask(segment, config):
+        of_segment = _letters(segment)
+        for language, share, letters in _ask(segment, of_segment, config):
             probability[language] += share * letters
             if share >= SURE:
                 shares[language] += letters
-        total += _letters(segment)
+        total += of_segment
     if not total or not probability:
         return Identified(UNKNOWN, 0.0)
     for pair in {frozenset(pair) for pair in PAIRS.items() if pair[0] in probability}:
@@ -196,12 +201,13 @@ def _segments(text: str, config: LanguageConfig) -> list[str]:
         text = "\n".join(
             text[int(i * step) : int(i * step) + piece] for i in range(config.segments)
         )
-    text = NOISE.sub(" ", text.encode("utf-8", "replace").decode())
-    length = min(config.segment, max(len(text) // 8, config.segment // 3))
+    lines = list(map(_cleaned, text.encode("utf-8", "replace").decode().split("\n")))
+    characters = sum(map(len, lines)) + len(lines) - 1
+    length = min(config.segment, max(characters // 8, config.segment // 3))
     parts: list[str] = []
     open_part: list[str] = []
     size = 0
-    for line in text.split("\n"):
+    for line in lines:
         line = " ".join(line.split())
         if not line:
             continue
@@ -219,6 +225,21 @@ def _segments(text: str, config: LanguageConfig) -> list[str]:
     return [parts[i * count // config.segments] for i in range(config.segments)]
 
 
+def _cleaned(line: str) -> str:
+    """The line with spaces for addresses, markup, numbers and signs."""
+    addresses = "://" in line or "www." in line.lower()
+    markup = "&" in line or "<" in line
+    return _noise(addresses, "@" in line, markup, bool(NUMERIC.search(line))).sub(" ", line)
+
+
+@functools.cache
+def _noise(addresses: bool, mail: bool, markup: bool, numbers: bool) -> re.Pattern[str]:
+    """An expression of only what can occur: mail alone costs more than all else on a long word."""
+    given = ((addresses, ADDRESSES), (mail, MAIL), (markup, MARKUP), (numbers, NUMBERS))
+    parts = [pattern for there, pattern in given if there]
+    return re.compile("|".join([*parts, SIGNS]), re.IGNORECASE)
+
+
 def _pieces(line: str, size: int) -> list[str]:
     """A line in pieces of `size` to 1.5 times that, cut at spaces where there are some."""
     pieces = []
@@ -234,9 +255,8 @@ def _letters(text: str) -> int:
     return sum(map(len, LETTERS.findall(text)))
 
 
-def _ask(segment: str, config: LanguageConfig) -> list[tuple[str, float, int]]:
+def _ask(segment: str, letters: int, config: LanguageConfig) -> list[tuple[str, float, int]]:
     """(language, probability, letters) for a segment; parts of it where it is of two scripts."""
-    letters = _letters(segment)
     if not letters:
         return []
     answers = _predict(segment, letters, config)
@@ -260,6 +280,8 @@ CERTAIN = 0.9
 
 def _by_script(text: str, answers: list[tuple[str, float]]) -> list[tuple[str, float]]:
     """A script that has one language decides; Han does unless there is kana beside it."""
+    if max(text, default="") < FIRST_SCRIPT:
+        return answers
     letters = _letters(text)
     for language, script in SCRIPTS:
         count = len(script.findall(text))

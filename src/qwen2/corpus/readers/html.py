@@ -2,9 +2,10 @@
 
 The text is Markdown: headings, lists, tables and code blocks stay what they are; menus, headers and
 footers, comments, links' addresses and images go. Nothing is fetched. `favour` chooses between
-missing text and letting menus in. `balanced`, `precision` and `recall` are trafilatura's. They
-are made for news and blogs: of some manuals they lose all headings, or a third of the text. For trees of documentation there is `everything`: all but what the page's
-own markup calls navigation, by `markup`.
+missing text and letting menus in. `balanced`, `precision` and `recall` are trafilatura's. They are
+made for news and blogs: of some manuals they lose all headings, or a third of the text. For trees
+of documentation there is `everything`: all but what the page's own markup calls navigation, by
+`markup`.
 """
 
 from __future__ import annotations
