@@ -6,9 +6,9 @@ import hashlib
 import itertools
 
 import numpy as np
+from tests.tokens.memory import Memory
 
 from qwen2.tokens import PackedLoader, WeightedLoader
-from tests.tokens.memory import Memory
 
 SIZES = (np.arange(1, 400) * 7919 % 97 + 1).tolist()
 

@@ -59,6 +59,8 @@ class PackedLoader:
         self.source, self.context, self.rows, self.seed = source, context, rows, seed
         self.rank, self.world_size = rank, world_size
         self.epoch_tokens = int(source.lengths.sum())
+        if not self.epoch_tokens:
+            raise UserError("loader: a source without documents; give it no weight")
         self.row = 0
         """The next place in the order of rows that any rank takes."""
         self._layouts: dict[int, EpochLayout] = {}
