@@ -1,6 +1,7 @@
 """Token ids on disk and on their way to the model: shards, mixtures, packing, loader."""
 
-from qwen2.tokens.loader import PackedLoader, TokenSource
+from qwen2.tokens.best_fit import BestFitPlan
+from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
 from qwen2.tokens.mixture import LongMixture
 from qwen2.tokens.packing import EpochLayout, PackedBatch, Piece, lay_epoch, pack, shuffled
 from qwen2.tokens.remap import Remapping, most_used
@@ -11,12 +12,14 @@ from qwen2.tokens.tokenize import tokenize_documents
 from qwen2.tokens.weighted import Subset, WeightedLoader, by_kind
 
 __all__ = [
+    "BestFitPlan",
     "Encoded",
     "EpochLayout",
     "LongMixture",
     "Origin",
     "PackedBatch",
     "PackedLoader",
+    "Packing",
     "Piece",
     "Remapping",
     "ShardIndex",
