@@ -36,6 +36,10 @@ class Subset:
         """(length,) token ids of a document."""
         return self._source.document(int(self._numbers[number]))
 
+    def beneath(self, number: int) -> tuple[TokenSource, int]:
+        """The source that a document is of, and its number there."""
+        return self._source, int(self._numbers[number])
+
 
 def by_kind(shards: Shards) -> dict[str, TokenSource]:
     """The documents of each kind as a source of their own."""
@@ -102,8 +106,12 @@ class _Joined:
         self.fingerprint = " + ".join(part.fingerprint for part in parts)
 
     def document(self, number: int, /) -> NDArray[Any]:
+        source, local = self.beneath(number)
+        return source.document(local)
+
+    def beneath(self, number: int) -> tuple[TokenSource, int]:
         part = int(np.searchsorted(self._first, number, side="right")) - 1
-        return self._parts[part].document(number - int(self._first[part]))
+        return self._parts[part], number - int(self._first[part])
 
 
 def check_weights(weights: Mapping[str, float], sources: Mapping[str, object]) -> None:
