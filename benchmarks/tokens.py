@@ -2,7 +2,8 @@
 
 Ours is normalisation, encoding, the shard, its origins, their checksums and the flush to the disk,
 a part of the text for each process. tiktoken's `encode_ordinary_batch` gives lists of ids on as
-many threads and writes nothing. Also here: how packing cuts and pads documents of these lengths,
+many threads and writes nothing. Speed by the clock, and by the CPU, which holds on a busy machine
+too. Also here: how packing cuts and pads documents of these lengths,
 and how long it takes for a million.
 
     python benchmarks/tokens.py [--documents FILE.jsonl] [--megabytes 24]
@@ -18,7 +19,7 @@ import shutil
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from pydoc_data import topics
@@ -87,8 +88,9 @@ def standard_library() -> Iterator[str]:
             yield path.read_text(errors="replace")
 
 
-def write_part(folder: Path, part: int) -> None:
-    """One part of the text as a shard, on one thread."""
+def write_part(folder: Path, part: int) -> float:
+    """One part of the text as a shard, on one thread; seconds of CPU."""
+    began = time.process_time()
     encoded = tokenize_documents(parts[part], lambda texts: coder.encode_arrays(texts, threads=1))
     write_shard(
         folder / f"shard-{part:05d}.safetensors",
@@ -98,6 +100,7 @@ def write_part(folder: Path, part: int) -> None:
         end_of_text=coder.end_of_text_id,
         tokenizer="published",
     )
+    return time.process_time() - began
 
 
 def speeds(place: Path, rounds: int) -> dict[str, Any]:
@@ -111,31 +114,30 @@ def speeds(place: Path, rounds: int) -> dict[str, Any]:
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(2, fork) as pool:
 
-        def one(folder: Path) -> None:
-            for part in range(PARTS):
-                write_part(folder, part)
+        def ours(processes: int) -> float:
+            work = [place / "again"] * PARTS, range(PARTS)
+            spent = (pool.map if processes > 1 else map)(write_part, *work)
+            cpu = sum(spent)
+            shutil.rmtree(place / "again")
+            return cpu
 
-        def two(folder: Path) -> None:
-            list(pool.map(write_part, [folder] * PARTS, range(PARTS)))
+        def peer(threads: int) -> float:
+            began = time.process_time()
+            plain.encode_ordinary_batch(texts, num_threads=threads)
+            return time.process_time() - began
 
-        two(place / "once")
+        list(pool.map(write_part, [place / "once"] * PARTS, range(PARTS)))
         names = [f"shard-{part:05d}.safetensors" for part in range(PARTS)]
         index = index_shards(place / "once", names)
-        runs: dict[str, Callable[[], Any]] = {
-            "one_ours": lambda: afresh(one, place),
-            "one_tiktoken": lambda: plain.encode_ordinary_batch(texts, num_threads=1),
-            "two_ours": lambda: afresh(two, place),
-            "two_tiktoken": lambda: plain.encode_ordinary_batch(texts, num_threads=2),
-        }
         figures: dict[str, Any] = {}
-        for cores in ("one", "two"):
-            mine, peer = f"{cores}_ours", f"{cores}_tiktoken"
-            speed = alternate(
-                {name: lambda run=runs[name]: size / seconds(run) for name in (mine, peer)}, rounds
-            )
-            figures[f"{peer}_ratio"] = ratios(speed[mine], speed[peer])
-            for name, column in speed.items():
-                figures[f"{name}_megabytes_per_second"] = spread(column)
+        for name, cores in (("one", 1), ("two", 2)):
+            wall, cpu = in_turn({"ours": ours, "tiktoken": peer}, cores, size, rounds)
+            figures[f"{name}_tiktoken_ratio"] = ratios(wall["ours"], wall["tiktoken"])
+            figures[f"{name}_tiktoken_cpu_ratio"] = ratios(cpu["ours"], cpu["tiktoken"])
+            for who, column in wall.items():
+                figures[f"{name}_{who}_megabytes_per_second"] = spread(column)
+            for who, column in cpu.items():
+                figures[f"{name}_{who}_megabytes_per_cpu_second"] = spread(column)
     return figures | {
         "documents": len(texts),
         "megabytes": round(size, 2),
@@ -143,11 +145,20 @@ def speeds(place: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def afresh(write: Callable[[Path], None], place: Path) -> None:
-    """Write into a new folder, and remove it."""
-    folder = place / "again"
-    write(folder)
-    shutil.rmtree(folder)
+def in_turn(
+    runs: Mapping[str, Callable[[int], float]], cores: int, size: float, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Megabytes a second, and a second of CPU: what others do on the machine slows only one."""
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+
+    def speed(name: str) -> float:
+        gc.collect()
+        began = time.perf_counter()
+        cpu[name].append(size / runs[name](cores))
+        return size / (time.perf_counter() - began)
+
+    wall = alternate({name: lambda name=name: speed(name) for name in runs}, rounds)
+    return wall, {name: column[1:] for name, column in cpu.items()}  # after one to warm up
 
 
 def seconds(run: Callable[[], Any]) -> float:
