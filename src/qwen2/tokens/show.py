@@ -59,7 +59,7 @@ class ShownPiece:
         if self.origin.part is not None:
             decisions = f"decisions in {self.origin.part}, row {self.origin.row}"
         parts = (self.origin.id, self.origin.source, self.origin.language, decisions)
-        return " · ".join(part for part in parts if part)
+        return " · ".join(part for part in dict.fromkeys(parts) if part)  # an id may be a path
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for machines."""
