@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
+import numpy as np
 import pytest
 import tiktoken
 from hypothesis import given, settings
@@ -91,7 +92,11 @@ def test_equals_tiktoken_and_huggingface_on_any_text(
 @settings(deadline=None, max_examples=100)
 @given(texts=st.lists(UNICODE, max_size=30), threads=st.integers(1, 4))
 def test_batches_equal_single_texts(qwen: Tokenizer, texts: list[str], threads: int) -> None:
-    assert qwen.encode_batch(texts, threads=threads) == [qwen.encode(text) for text in texts]
+    expected = [qwen.encode(text) for text in texts]
+    assert qwen.encode_batch(texts, threads=threads) == expected
+    arrays = qwen.encode_arrays(texts, threads=threads)
+    assert [ids.tolist() for ids in arrays] == expected
+    assert all(ids.dtype == np.uint32 for ids in arrays)
 
 
 @pytest.mark.parametrize("special", ["", "<|endoftext|>"], ids=["plain", "with the separator"])
@@ -101,6 +106,8 @@ def test_large_batches_keep_their_order(qwen: Tokenizer, special: str) -> None:
     expected = [qwen.encode(text) for text in texts]
     for threads in (1, 3, None):
         assert qwen.encode_batch(iter(texts), threads=threads) == expected
+        arrays = qwen.encode_arrays(iter(texts), threads=threads)
+        assert [ids.tolist() for ids in arrays] == expected
 
 
 def test_surrogates(qwen: Tokenizer) -> None:
@@ -130,7 +137,8 @@ def test_long_blanks_are_cut_as_the_expression_cuts(
     before: str,
     after: str,
 ) -> None:
-    monkeypatch.setattr("qwen2.tokenizer.tokenizer._LONG_RUN", 100)
+    for module in ("tokenizer", "long_runs"):
+        monkeypatch.setattr(f"qwen2.tokenizer.{module}.LONG_RUN", 100)
     for blanks in (" " * 300, " " * 99, "\t" * 100, "\u3000" * 150, " " * 120 + "\n" + " " * 130):
         text = f"{before}{blanks}{after}z{blanks}{after}"
         assert qwen.encode(text) == tiktoken_oracle.encode_ordinary(text)

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,7 +27,9 @@ from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hub import load, load_config, save
 from qwen2.pipeline.train import run_recipe
 from qwen2.tokenizer import Tokenizer
+from qwen2.tokens.packing import NOTHING, Piece, pack
 from qwen2.train.checkpoints import newest_checkpoint
+from qwen2.train.loop import Trainee, batch_loss
 from qwen2.train.pretrain import PretrainRecipe, pretrain
 
 
@@ -278,3 +282,31 @@ def test_weights_of_kinds_that_are_not_there_are_refused(recipe: dict[str, Any])
     with pytest.raises(UserError, match="weights: no source 'code'; there are prose"):
         pretrain(PretrainRecipe.parse(recipe | {"weights": {"code": 0.5, "prose": 0.5}}))
     assert not Path(recipe["out"]).exists(), "told before anything is written"
+
+
+def test_packed_by_best_fit_a_run_resumes_too(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen2.train.stage.measure_matmul_peak", lambda *_: 1e12)
+    recipe |= {"packing": "best_fit"}
+    straight = pretrain(PretrainRecipe.parse(recipe))
+    assert straight.checkpoint is not None
+    again = tmp_path / "again"
+    asked = PretrainRecipe.parse(recipe | {"out": str(again)})
+    (again / "checkpoints").mkdir(parents=True)
+    earlier = straight.checkpoint.with_name("step-00000006")
+    shutil.copytree(earlier, again / "checkpoints" / earlier.name)
+    shutil.copy(straight.metrics, again)
+    assert pretrain(asked).finished
+    assert losses(again) == losses(Path(recipe["out"]))
+    with pytest.raises(UserError, match=r"another packing \(best_fit, now stream\)"):
+        pretrain(PretrainRecipe.parse(recipe | {"packing": "stream"}))
+
+
+def test_padding_does_not_count(new_trainee: Callable[..., Trainee]) -> None:
+    """The loss of a row with padding is that of what stands before it."""
+    model = new_trainee().model
+    ids = np.arange(20) % 7
+    whole = pack([Piece(0, 0, 20)], lambda _: ids)
+    padded = pack([Piece(0, 0, 20), Piece(NOTHING, 0, 12)], lambda _: ids)
+    assert batch_loss(model, padded).item() == pytest.approx(batch_loss(model, whole).item())

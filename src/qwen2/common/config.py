@@ -65,6 +65,18 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return values
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys and values of `key.sub=value` alone.
+
+    Raises:
+        UserError: one is malformed.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply(values, override)
+    return values
+
+
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line."""
     return " ".join(str(error).split())

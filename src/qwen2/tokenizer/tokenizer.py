@@ -10,7 +10,6 @@ Decisions where the report is silent:
 
 from __future__ import annotations
 
-import codecs
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +18,22 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 from tokenizers import normalizers
 
 from qwen2.common.cores import available_cores
 from qwen2.common.errors import UserError
+from qwen2.tokenizer.long_runs import (
+    LONG_RUN,
+    cut_long_runs,
+    for_long_runs,
+    may_have_long_run,
+)
+from qwen2.tokenizer.stream import StreamDecoder as StreamDecoder
 from qwen2.tokenizer.vocabulary import check_ids, merges_of, parse_tiktoken
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -37,18 +44,12 @@ PRE_TOKENS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# tiktoken's engine keeps a stack entry for every blank that `\s+(?!\S)` tries, and overflows at a
-# million. Runs half as long are cut off before it, and this form of the expression, the same
-# language but 3% slower, takes a run that ends a text without trying.
-_LONG_RUN = 500_000
-_PRE_TOKENS_FOR_LONG_RUNS = PRE_TOKENS.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")
-# \s of the regular expression without the line ends: Unicode's White_Space, not Python's.
-_BLANKS = re.compile("[\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-
 # Characters that a thread encodes at a time: a few milliseconds' work.
 _SHARE = 65_536
 
 _NFC = normalizers.NFC()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,23 @@ class Tokenizer:
         def encode(share: list[str]) -> list[list[int]]:
             if parse_special:
                 return [self.encode(text, parse_special=True) for text in share]
-            return self._encode_share(share)
+            return [ids.tolist() for ids in self._encode_share(share)]
 
+        return self._in_threads(encode, texts, threads)
+
+    def encode_arrays(
+        self, texts: Iterable[str], *, threads: int | None = None
+    ) -> list[NDArray[np.uint32]]:
+        """`encode_batch` without a Python object for each id: (tokens of it,) for every text.
+
+        Arrays may be parts of one larger array.
+        """
+        return self._in_threads(self._encode_share, texts, threads)
+
+    def _in_threads(
+        self, encode: Callable[[list[str]], list[T]], texts: Iterable[str], threads: int | None
+    ) -> list[T]:
+        """What `encode` makes of every text, share by share."""
         shares = list(_shares(texts))
         self._encoding  # noqa: B018 (made here rather than by several threads at once)
         count = min(threads or available_cores(), len(shares))
@@ -159,7 +175,7 @@ class Tokenizer:
         else:  # the caller only waits: were it to work beside one thread, both would be as slow
             with ThreadPoolExecutor(count) as pool:
                 done = list(pool.map(encode, shares))
-        return [ids for part in done for ids in part]
+        return [each for part in done for each in part]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD.
@@ -231,7 +247,7 @@ class Tokenizer:
 
     @cached_property
     def _encoding_of_long_runs(self) -> tiktoken.Encoding:
-        return self._encoding_by(_PRE_TOKENS_FOR_LONG_RUNS)
+        return self._encoding_by(for_long_runs(PRE_TOKENS))
 
     def _encoding_by(self, pre_tokens: str) -> tiktoken.Encoding:
         encoding = tiktoken.Encoding(
@@ -263,12 +279,12 @@ class Tokenizer:
     def _encode_ordinary(self, text: str) -> list[int]:
         if not text.isascii():
             text = _normalised(text)
-        if len(text) < _LONG_RUN or not _may_have_long_run(text):
+        if len(text) < LONG_RUN or not may_have_long_run(text):
             return self._encoding.encode_ordinary(text)
         encode = self._encoding_of_long_runs.encode_ordinary
-        return [id_ for part in _cut_long_runs(text) for id_ in encode(part)]
+        return [id_ for part in cut_long_runs(text) for id_ in encode(part)]
 
-    def _encode_share(self, texts: list[str]) -> list[list[int]]:
+    def _encode_share(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """The ids of each of many short texts by one call of tiktoken.
 
         A call for each leaves Python's lock for so short a time that threads do not run abreast.
@@ -277,14 +293,14 @@ class Tokenizer:
         between = self.eos_token
         texts = [text if text.isascii() else _normalised(text) for text in texts]
         joined = between.join(texts)
-        if len(joined) >= _LONG_RUN or joined.split(between) != texts:
-            return list(map(self._encode_ordinary, texts))
-        ids = self._encoding.encode_to_numpy(
+        if len(joined) >= LONG_RUN or joined.split(between) != texts:
+            return [np.array(self._encode_ordinary(text), np.uint32) for text in texts]
+        ids: NDArray[np.uint32] = self._encoding.encode_to_numpy(
             joined, allowed_special={between}, disallowed_special=()
         )
         ends = np.append(np.flatnonzero(ids == self.eos_id), len(ids)).tolist()
         starts = [0, *(end + 1 for end in ends)]
-        return [ids[start:end].tolist() for start, end in zip(starts, ends, strict=False)]
+        return [ids[start:end] for start, end in zip(starts, ends, strict=False)]
 
     def _explain_unknown(self, ids: Sequence[int]) -> str:
         known = {*self.ranks.values(), *self.special_tokens.values()}
@@ -293,29 +309,6 @@ class Tokenizer:
             f"token id {unknown}: no such token, so it has no text; the vocabulary's ids end at "
             f"{self.vocab_size - 1}, and further rows of an embedding are padding"
         )
-
-
-class StreamDecoder:
-    """Text of ids that come one by one: what is pushed out is always complete UTF-8.
-
-    The pieces joined equal `Tokenizer.decode` of all ids.
-    """
-
-    def __init__(self, bytes_of: Callable[[list[int]], bytes]) -> None:
-        self._bytes_of = bytes_of
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, id_: int) -> str:
-        """The characters that this token completes; perhaps none.
-
-        Raises:
-            UserError: an id that has no text.
-        """
-        return self._utf8.decode(self._bytes_of([id_]))
-
-    def finish(self) -> str:
-        """U+FFFD if the last character is still incomplete."""
-        return self._utf8.decode(b"", final=True)
 
 
 def alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -332,26 +325,6 @@ def _normalised(text: str) -> str:
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     # Python's own normalisation is quadratic in a run of combining marks; its check is not.
     return text if unicodedata.is_normalized("NFC", text) else _NFC.normalize_str(text)
-
-
-def _may_have_long_run(text: str) -> bool:
-    """False when no run of blanks is longer than `_LONG_RUN`: each would hold a whole block."""
-    step = _LONG_RUN // 2
-    return any(text[i : i + step].isspace() for i in range(0, len(text), step))
-
-
-def _cut_long_runs(text: str) -> Iterator[str]:
-    """Cut `text` in front of the last blank of each long run that other text follows.
-
-    The regular expression cuts there too: that blank belongs to what follows.
-    """
-    start = 0
-    for run in _BLANKS.finditer(text):
-        follows = text[run.end() : run.end() + 1]
-        if run.end() - run.start() >= _LONG_RUN and follows not in ("", "\r", "\n"):
-            yield text[start : run.end() - 1]
-            start = run.end() - 1
-    yield text[start:]
 
 
 def _shares(texts: Iterable[str]) -> Iterator[list[str]]:

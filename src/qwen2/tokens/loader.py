@@ -1,21 +1,28 @@
 """The loader: an endless, deterministic sequence of packed batches that can start anywhere.
 
 Batch s of rank r takes places [(s·world + r)·rows, (s·world + r + 1)·rows) in the shuffled order of
-the rows of packing.py, so ranks share no row and leave none out. The only state is the next place:
-resuming is a binary search, and a resumed run may have another number of rows or ranks. Each epoch
-has every token exactly once; its last tokens that do not fill a row are carried into a row with the
-first of the next epoch.
+the rows, so ranks share no row and leave none out. The only state is the next place, the same for
+all ranks: resuming is a search, and a resumed run may have another number of rows or ranks. Each
+epoch has every token exactly once; packed as a stream, its last tokens that do not fill a row are
+carried into a row with the first of the next epoch.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.common.errors import UserError
-from qwen2.tokens.packing import EpochLayout, PackedBatch, Piece, lay_epoch, pack, shuffled
+from qwen2.tokens.best_fit import BestFitRows
+from qwen2.tokens.packing import PackedBatch, Piece, StreamRows, pack
+
+Packing = Literal["stream", "best_fit"]
+ROWS: dict[Packing, type[StreamRows] | type[BestFitRows]] = {
+    "stream": StreamRows,
+    "best_fit": BestFitRows,
+}
 
 
 class TokenSource(Protocol):
@@ -35,6 +42,8 @@ class PackedLoader:
         context: tokens of a row.
         rows: rows of a batch of this rank.
         seed: of the order of the documents, which differs from epoch to epoch.
+        packing: `stream` (packing.py) cuts a document wherever a row ends; `best_fit` (best_fit.py)
+            cuts hardly any that is shorter than the context, and pads up to 1 %.
 
     Raises:
         UserError: a size below 1, a negative seed or a rank outside the world.
@@ -48,6 +57,7 @@ class PackedLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        packing: Packing = "stream",
     ) -> None:
         for name, value in (("context", context), ("rows", rows), ("world size", world_size)):
             if value < 1:
@@ -59,9 +69,12 @@ class PackedLoader:
         self.source, self.context, self.rows, self.seed = source, context, rows, seed
         self.rank, self.world_size = rank, world_size
         self.epoch_tokens = int(source.lengths.sum())
+        if not self.epoch_tokens:
+            raise UserError("loader: a source without documents; give it no weight")
         self.row = 0
         """The next place in the order of rows that any rank takes."""
-        self._layouts: dict[int, EpochLayout] = {}
+        self.packing = packing
+        self._rows = ROWS[packing](source.lengths, context, seed)
 
     def __iter__(self) -> Self:
         return self
@@ -75,7 +88,7 @@ class PackedLoader:
 
     @property
     def epochs(self) -> float:
-        """Epochs that all ranks together have taken."""
+        """Epochs that all ranks together have taken, by tokens; padding counts too."""
         return self.row * self.context / self.epoch_tokens
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,38 +99,25 @@ class PackedLoader:
         """Continue where `state` was taken.
 
         Raises:
-            UserError: it was taken with other shards, another context or another seed.
+            UserError: it was taken with other shards, context, seed or packing.
         """
+        state = {"packing": "stream"} | state  # all that there was once
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(
                     f"loader: the saved state has {name} {state.get(name)}, this run {value}; "
-                    "resume with the same shards, context and seed"
+                    "resume with the same shards, context, seed and packing"
                 )
         self.row = int(state["row"])
 
     def _identity(self) -> dict[str, Any]:
-        return {"context": self.context, "seed": self.seed, "shards": self.source.fingerprint}
+        return {
+            "context": self.context,
+            "seed": self.seed,
+            "packing": self.packing,
+            "shards": self.source.fingerprint,
+        }
 
     def row_pieces(self, place: int) -> list[Piece]:
-        """The pieces of the row at `place`; rows that begin in the same epoch are shuffled."""
-        epoch = place * self.context // self.epoch_tokens
-        first = -(-epoch * self.epoch_tokens // self.context)
-        count = -(-(epoch + 1) * self.epoch_tokens // self.context) - first
-        key = f"{self.seed}/{epoch}".encode()
-        row = first + shuffled(place - first, count, key)
-        start, stop = row * self.context, (row + 1) * self.context
-        pieces: list[Piece] = []
-        while start < stop:
-            epoch, offset = divmod(start, self.epoch_tokens)
-            length = min(stop - start, self.epoch_tokens - offset)
-            pieces += self._layout(epoch).pieces(offset, offset + length)
-            start += length
-        return pieces
-
-    def _layout(self, epoch: int) -> EpochLayout:
-        if epoch not in self._layouts:
-            # A row can straddle two epochs, so a neighbour is kept too.
-            self._layouts = {e: v for e, v in self._layouts.items() if abs(e - epoch) == 1}
-            self._layouts[epoch] = lay_epoch(self.source.lengths, self.seed, epoch)
-        return self._layouts[epoch]
+        """The pieces of the row at `place`, which fill it."""
+        return self._rows.pieces(place)

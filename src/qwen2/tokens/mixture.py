@@ -45,6 +45,10 @@ class LongMixture:
         """(length,) token ids of a document."""
         return self._source.document(int(self._numbers[number]))
 
+    def beneath(self, number: int) -> tuple[TokenSource, int]:
+        """The source that a document is of, and its number there."""
+        return self._source, int(self._numbers[number])
+
     @property
     def long_share(self) -> float:
         """The share that long documents have of an epoch's tokens."""

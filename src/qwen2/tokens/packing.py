@@ -1,11 +1,12 @@
 """Packing: documents laid end to end into rows of exactly `context` tokens.
 
-An epoch lays all documents in an order of its own, one after the other; epochs follow each other
-without a gap, and the endless stream is cut into rows every `context` tokens. Rows are then taken
-in a shuffled order, lest a book fill one batch after the other with itself. A document that
-crosses the end of a row is cut there into pieces, never shortened. Each piece is a document of its
-own to attention: positions restart at 0 and nothing is seen across its start. All functions are
-pure: row r of the stream depends on (lengths, seed, context, r) alone.
+This is packing as a stream; best_fit.py has the other. An epoch lays all documents in an order of
+its own, one after the other; epochs follow each other without a gap, and the endless stream is cut
+into rows every `context` tokens. Rows are then taken in a shuffled order, lest a book fill one
+batch after the other with itself. A document that crosses the end of a row is cut there into
+pieces, never shortened. Each piece is a document of its own to attention: positions restart at 0
+and nothing is seen across its start. All functions are pure: row r of the stream depends on
+(lengths, seed, context, r) alone.
 
 Every token of every document is predicted exactly once, from the token before it; before the first
 stands the `<|endoftext|>` that ends documents. So a model learns how documents begin, and to
@@ -23,9 +24,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+IGNORE = -100  # as a target: nothing is predicted here
+NOTHING = -1  # as a document: padding
+
 
 class Piece(NamedTuple):
-    """Tokens start:stop of a document."""
+    """Tokens start:stop of a document, or padding of so many where that is `NOTHING`."""
 
     document: int
     start: int
@@ -39,7 +43,7 @@ class PackedBatch:
     tokens: torch.Tensor
     """(N,) int64: what the model is given."""
     targets: torch.Tensor
-    """(N,) int64: what follows each of them."""
+    """(N,) int64: what follows each of them; `IGNORE` where there is padding."""
     positions: torch.Tensor
     """(N,) int64, from 0 in each piece."""
     lengths: list[int]
@@ -77,6 +81,38 @@ def lay_epoch(lengths: NDArray[np.int64], seed: int, epoch: int) -> EpochLayout:
     return EpochLayout(order, np.cumsum(lengths[order]))
 
 
+class StreamRows:
+    """The endless sequence of rows that the epochs, one after the other, are cut into."""
+
+    def __init__(self, lengths: NDArray[np.int64], context: int, seed: int) -> None:
+        self._lengths, self.context, self.seed = lengths, context, seed
+        self.epoch_tokens = int(lengths.sum())
+        self._layouts: dict[int, EpochLayout] = {}
+
+    def pieces(self, place: int) -> list[Piece]:
+        """The pieces of the row at `place`; rows that begin in the same epoch are shuffled."""
+        epoch = place * self.context // self.epoch_tokens
+        first = -(-epoch * self.epoch_tokens // self.context)
+        count = -(-(epoch + 1) * self.epoch_tokens // self.context) - first
+        key = f"{self.seed}/{epoch}".encode()
+        row = first + shuffled(place - first, count, key)
+        start, stop = row * self.context, (row + 1) * self.context
+        pieces: list[Piece] = []
+        while start < stop:
+            epoch, offset = divmod(start, self.epoch_tokens)
+            length = min(stop - start, self.epoch_tokens - offset)
+            pieces += self._layout(epoch).pieces(offset, offset + length)
+            start += length
+        return pieces
+
+    def _layout(self, epoch: int) -> EpochLayout:
+        if epoch not in self._layouts:
+            # A row can straddle two epochs, so a neighbour is kept too.
+            self._layouts = {e: v for e, v in self._layouts.items() if abs(e - epoch) == 1}
+            self._layouts[epoch] = lay_epoch(self._lengths, self.seed, epoch)
+        return self._layouts[epoch]
+
+
 def shuffled(index: int, size: int, key: bytes) -> int:
     """Where `index` goes in a permutation of range(size) that `key` chooses, at constant cost.
 
@@ -99,19 +135,24 @@ def shuffled(index: int, size: int, key: bytes) -> int:
 def pack(pieces: Iterable[Piece], document: Callable[[int], NDArray[Any]]) -> PackedBatch:
     """Lay `pieces` end to end; `document(i)` gives the token ids (length,) of document i.
 
-    A document ends with its `<|endoftext|>`, which is also the input before its first token.
+    A document ends with its `<|endoftext|>`, which is also the input before its first token, and
+    what padding is made of.
     """
     pieces = list(pieces)
     lengths = [piece.stop - piece.start for piece in pieces]
     N = sum(lengths)
     tokens, targets, positions = (np.empty(N, np.int64) for _ in range(3))
-    at = 0
+    at, ids = 0, np.empty(0, np.int64)
     for piece, length in zip(pieces, lengths, strict=True):
-        ids, here = document(piece.document), slice(at, at + length)
-        tokens[at] = ids[piece.start - 1]  # at the start of the document, its last: <|endoftext|>
-        tokens[at + 1 : at + length] = ids[piece.start : piece.stop - 1]
-        targets[here] = ids[piece.start : piece.stop]
+        here = slice(at, at + length)
         positions[here] = np.arange(length)
         at += length
+        if piece.document == NOTHING:
+            tokens[here], targets[here] = ids[-1], IGNORE  # there is a piece before
+            continue
+        ids = document(piece.document)
+        tokens[here.start] = ids[piece.start - 1]  # at the start of the document, <|endoftext|>
+        tokens[here.start + 1 : at] = ids[piece.start : piece.stop - 1]
+        targets[here] = ids[piece.start : piece.stop]
     flat = [torch.from_numpy(array) for array in (tokens, targets, positions)]
     return PackedBatch(flat[0], flat[1], flat[2], lengths)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.common.errors import UserError
-from qwen2.tokens.loader import PackedLoader, TokenSource
-from qwen2.tokens.packing import Piece
+from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
+from qwen2.tokens.packing import NOTHING, Piece
 from qwen2.tokens.shards import Shards
 
 BLOCK = 4096
@@ -35,6 +35,10 @@ class Subset:
     def document(self, number: int, /) -> NDArray[Any]:
         """(length,) token ids of a document."""
         return self._source.document(int(self._numbers[number]))
+
+    def beneath(self, number: int) -> tuple[TokenSource, int]:
+        """The source that a document is of, and its number there."""
+        return self._source, int(self._numbers[number])
 
 
 def by_kind(shards: Shards) -> dict[str, TokenSource]:
@@ -66,12 +70,13 @@ class WeightedLoader(PackedLoader):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        packing: Packing = "stream",
     ) -> None:
         check_weights(weights, sources)
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         parts = [sources[name] for name in self.weights]
-        super().__init__(_Joined(parts), context, rows, seed, rank, world_size)
-        self._parts = [PackedLoader(part, context, rows, seed) for part in parts]
+        super().__init__(_Joined(parts), context, rows, seed, rank, world_size, packing)
+        self._parts = [PackedLoader(part, context, rows, seed, packing=packing) for part in parts]
         self._first = np.cumsum([0, *(len(part.lengths) for part in parts)])
         self._quotas = quotas(np.array(list(self.weights.values())))
         self._turns, self._numbers = spread_evenly(self._quotas)
@@ -83,7 +88,7 @@ class WeightedLoader(PackedLoader):
         row = block * int(self._quotas[part]) + int(self._numbers[turn])
         first = int(self._first[part])
         return [
-            piece._replace(document=first + piece.document)
+            piece if piece.document == NOTHING else piece._replace(document=first + piece.document)
             for piece in self._parts[part].row_pieces(row)
         ]
 
@@ -101,8 +106,12 @@ class _Joined:
         self.fingerprint = " + ".join(part.fingerprint for part in parts)
 
     def document(self, number: int, /) -> NDArray[Any]:
+        source, local = self.beneath(number)
+        return source.document(local)
+
+    def beneath(self, number: int) -> tuple[TokenSource, int]:
         part = int(np.searchsorted(self._first, number, side="right")) - 1
-        return self._parts[part].document(number - int(self._first[part]))
+        return self._parts[part], number - int(self._first[part])
 
 
 def check_weights(weights: Mapping[str, float], sources: Mapping[str, object]) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen2.common.errors import UserError
+from qwen2.tokens.packing import IGNORE as IGNORE
 
-IGNORE = -100
 BLOCK_BYTES = 1 << 28  # of logits at the same time; small blocks add up many weight gradients
 CHUNK_BYTES = 1 << 23  # of them in fp32: small enough to stay in the cache between passes
 

@@ -18,7 +18,7 @@ from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
 from qwen2.model.config import PUBLISHED, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hub import load_config, load_model
-from qwen2.tokens.loader import PackedLoader
+from qwen2.tokens.loader import PackedLoader, Packing
 from qwen2.tokens.shards import Shards
 from qwen2.tokens.weighted import WeightedLoader, by_kind
 from qwen2.train.loop import Evaluate, Trainee
@@ -54,6 +54,8 @@ class PretrainRecipe(StageRecipe):
     init: str | None = None  # MODEL: a folder, a .gguf file or a hub name
     weights: dict[str, float] | None = None
     """Share of each kind of document in what is trained on; None: as much as there is of it."""
+    packing: Packing = "stream"
+    """`best_fit`: hardly any document that is shorter than the context is cut; see tokens/."""
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Self:
@@ -76,7 +78,7 @@ def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> StageR
     device = pick_device(recipe.device)
     config = _config(recipe)
     shards, tokenizer = open_data(recipe, config, recipe.init or "model")
-    loader = _loader(recipe, shards)
+    loader = build_loader(recipe, shards)
     claim(recipe)
     torch.manual_seed(recipe.seed)
     return run_stage(recipe, build_trainee(recipe, device), loader, tokenizer, evaluate)
@@ -93,8 +95,15 @@ def build_trainee(recipe: PretrainRecipe, device: torch.device) -> Trainee:
     return make_trainee(model.to(device), recipe)
 
 
-def _loader(recipe: PretrainRecipe, shards: Shards) -> PackedLoader:
-    shape = recipe.context, recipe.rows, recipe.seed
+def build_loader(
+    recipe: PretrainRecipe, shards: Shards, rank: int = 0, world_size: int = 1
+) -> PackedLoader:
+    """The batches of `recipe` for one rank.
+
+    Raises:
+        UserError: its weights are not of these shards.
+    """
+    shape = recipe.context, recipe.rows, recipe.seed, rank, world_size, recipe.packing
     if recipe.weights is None:
         return PackedLoader(shards, *shape)
     return WeightedLoader(by_kind(shards), recipe.weights, *shape)

@@ -28,7 +28,8 @@ from qwen2.pipeline.stages import Run
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.packing import lay_epoch
 from qwen2.tokens.remap import END_OF_TEXT, Remapping, most_used
-from qwen2.tokens.shards import Shards, tokenize_documents, write_shards
+from qwen2.tokens.shards import Shards, write_shards
+from qwen2.tokens.tokenize import tokenize_documents
 
 E = TypeVar("E", bound=ProxyExperiment)
 
@@ -78,7 +79,7 @@ def shards(run: Run[E]) -> dict[str, Any]:
     for part, target in ((TRAIN, here.train), (HELD_OUT, here.held_out)):
         index = write_shards(
             target,
-            tokenize_documents(read_documents(run.folder / "corpus" / part), coder.encode_batch),
+            tokenize_documents(read_documents(run.folder / "corpus" / part), coder.encode_arrays),
             vocab_size=coder.vocab_size,
             end_of_text=coder.end_of_text_id,
             tokenizer=sha256_of(here.tokenizer / "tokenizer.json"),

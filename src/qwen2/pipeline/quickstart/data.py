@@ -12,7 +12,7 @@ from qwen2.pipeline.quickstart.recipe import QuickRun
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokenizer.train import train_bpe
 from qwen2.tokens import tokenize_documents, write_shards
-from qwen2.tokens.shards import ShardIndex
+from qwen2.tokens.shard_index import ShardIndex
 
 TRAIN_SHARDS, HELD_OUT_SHARDS = "shards/train", "shards/held-out"
 
@@ -57,7 +57,7 @@ def _write_shards(run: QuickRun, part: str, target: str) -> ShardIndex:
     documents = read_documents(run.folder / "corpus" / part)
     return write_shards(
         run.folder / target,
-        tokenize_documents(documents, coder.encode_batch),
+        tokenize_documents(documents, coder.encode_arrays),
         vocab_size=coder.vocab_size,
         end_of_text=coder.end_of_text_id,
         tokenizer=sha256_of(run.folder / "tokenizer" / "tokenizer.json"),
