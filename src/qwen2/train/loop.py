@@ -31,7 +31,7 @@ from qwen2.train.loss import IGNORE, chunked_cross_entropy
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.precision import MasterWeights
 from qwen2.train.router import RouterLosses
-from qwen2.train.signals import stop_on_signals
+from qwen2.common.signals import stop_on_signals
 
 Evaluate = Callable[[Qwen2], dict[str, Any]]
 """Held-out figures of a model, which is in eval mode and without gradients meanwhile."""

@@ -45,7 +45,7 @@ from qwen2.train.loss import IGNORE
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import cosine
-from qwen2.train.signals import stop_on_signals
+from qwen2.common.signals import stop_on_signals
 
 Stop = Callable[[], str | None]
 
