@@ -2,9 +2,9 @@
 
 The hash is of the document's group if it has one, else of its text. A module's code and the
 docstrings taken from it share a group and so a side, else the held-out set would leak; so do a text
-and what a model made of it (`group_of_derived`). Only a kind
-of which chance holds out too few bytes to measure depends on the rest of the corpus: the keys with
-its next smallest hashes are held out too.
+and what a model made of it (`group_of_derived`). Only a kind of which chance holds out too few
+bytes to measure depends on the rest of the corpus: the keys with its next smallest hashes are held
+out too.
 """
 
 from __future__ import annotations

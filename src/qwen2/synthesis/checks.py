@@ -13,6 +13,7 @@ synthesis pass like any others.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -109,5 +110,5 @@ def _content(text: str) -> set[str]:
     folded = text.casefold()
     words = set(_LONG_WORD.findall(folded))
     for run in _DENSE_RUN.findall(folded):
-        words.update(a + b for a, b in zip(run, run[1:], strict=False))
+        words.update(a + b for a, b in itertools.pairwise(run))
     return words

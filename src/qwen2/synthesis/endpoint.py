@@ -14,7 +14,7 @@ import email.utils
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpx
@@ -22,7 +22,7 @@ from pydantic import Field
 
 from qwen2.common.config import Config, one_line
 from qwen2.common.errors import UserError
-from qwen2.synthesis.generator import Answer, Prompt, never, well_formed
+from qwen2.synthesis.generator import Answer, Answering, Prompt, never, well_formed
 
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT = 60.0  # seconds between two attempts, when the server says nothing of it
@@ -78,7 +78,7 @@ class EndpointGenerator:
 
     def generate(
         self, prompts: Iterable[Prompt], stopped: Callable[[], object] = never
-    ) -> Iterator[tuple[int, Answer]]:
+    ) -> Answering:
         """See `Generator`. Requests proceed only while the next answer is waited for."""
         source = iter(prompts)
         flying: dict[asyncio.Task[Answer], int] = {}
@@ -177,7 +177,8 @@ class EndpointGenerator:
             whole = response.json()
             choice, usage = whole["choices"][0], whole.get("usage") or {}
             text, reason = choice["message"]["content"], choice["finish_reason"]
-            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            asked = int(usage.get("prompt_tokens") or 0)
+            drawn = int(usage.get("completion_tokens") or 0)
         except (ValueError, TypeError, LookupError, AttributeError):
             raise _Attempt(f"an answer that is no completion: {response.text[:100]!r}") from None
         if reason not in ("stop", "length", "eos"):
@@ -190,7 +191,8 @@ class EndpointGenerator:
         return Answer(
             well_formed(text),
             "length" if reason == "length" else "stop",
-            *counts,
+            asked,
+            drawn,
             served_by=well_formed(served_by) or None,
         )
 

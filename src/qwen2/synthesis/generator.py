@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import abc
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -59,12 +60,13 @@ class Answer:
         return asdict(self)
 
 
+Answering = abc.Generator[tuple[int, Answer], None, None]
+
+
 class Generator(Protocol):
     """A model that answers prompts."""
 
-    def generate(
-        self, prompts: Iterable[Prompt], stopped: Callable[[], object]
-    ) -> Iterator[tuple[int, Answer]]:
+    def generate(self, prompts: Iterable[Prompt], stopped: Callable[[], object]) -> Answering:
         """Answer every prompt, as many at a time as is good, in the order in which they end.
 
         `prompts` is read as room comes up, never ahead. Once `stopped()` is true no more answers

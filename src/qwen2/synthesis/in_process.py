@@ -7,7 +7,7 @@ two nearly equal tokens may change places.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qwen2.common.errors import UserError
 from qwen2.common.files import sha256_of
 from qwen2.inference import Completion, Engine, EngineConfig, Request, SamplingParams
 from qwen2.model.hub import load, locate, open_checkpoint
-from qwen2.synthesis.generator import Answer, Prompt, digest, never
+from qwen2.synthesis.generator import Answer, Answering, Prompt, digest, never
 from qwen2.tokenizer.chatml import ChatTemplate
 
 
@@ -50,7 +50,7 @@ class EngineGenerator:
 
     def generate(
         self, prompts: Iterable[Prompt], stopped: Callable[[], object] = never
-    ) -> Iterator[tuple[int, Answer]]:
+    ) -> Answering:
         """See `Generator`; a prompt that the model's context can't hold is a failure."""
         source = iter(prompts)
         flying: dict[Request, int] = {}

@@ -10,6 +10,7 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -135,13 +136,11 @@ def write_outputs(plan: Plan, answers: Answers, out: Path) -> Made:
     """
     made = Made()
     folders = [durable_folder(out / name, overwrite=True) for name in (DOCUMENTS, REJECTED)]
-    with folders[0] as kept_in, folders[1] as rejected_in:
-        with (
-            DocumentFile(kept_in / f"{DOCUMENTS}.parquet") as kept,
-            DocumentFile(rejected_in / f"{REJECTED}.parquet") as rejected,
-        ):
-            for document, is_kept in _documents(plan, answers, made):
-                (kept if is_kept else rejected).add(document)
+    with folders[0] as kept_in, folders[1] as rejected_in, ExitStack() as files:
+        kept = files.enter_context(DocumentFile(kept_in / f"{DOCUMENTS}.parquet"))
+        rejected = files.enter_context(DocumentFile(rejected_in / f"{REJECTED}.parquet"))
+        for document, is_kept in _documents(plan, answers, made):
+            (kept if is_kept else rejected).add(document)
     return made
 
 
@@ -174,6 +173,7 @@ def _from_answer(plan: Plan, record: Record, answer: Answer, made: Made) -> tupl
     tally.prompt_tokens += answer.prompt_tokens
     tally.completion_tokens += answer.completion_tokens
     measured: dict[str, float] = {}
+    reason: str | None
     if answer.finish_reason == "failed":
         text, reason = "", answer.error or "no answer"
         tally.failed += 1

@@ -47,7 +47,7 @@ class SynthesisRecipe(Config):
     """What `qwen2 synth text` makes."""
 
     sources: tuple[DocumentSource, ...] = ()
-    tasks: dict[str, TaskConfig] = {}
+    tasks: dict[str, TaskConfig] = Field(default_factory=dict)
     instructions: tuple[InstructionSource, ...] = ()
     excerpt: ExcerptConfig = ExcerptConfig()
     sampling: Sampling = Sampling()
@@ -112,7 +112,9 @@ def matching(path: str, inside: str) -> list[Path]:
     if place.is_dir():
         found = sorted(p for p in place.rglob(inside) if not p.name.startswith("."))
     else:
-        found = [place] if place.is_file() else sorted(map(Path, glob.glob(path, recursive=True)))
+        named = [place] if place.is_file() else None
+        # Path.glob takes no absolute pattern.
+        found = named or sorted(map(Path, glob.glob(path, recursive=True)))  # noqa: PTH207
     if not found:
         raise UserError(f"{path}: no such file, nor {inside} in a folder of that name")
     return found

@@ -5,7 +5,7 @@
     crc32 of the rest, 8 hexadecimal digits | key, 32 | JSON of the answer
 
 and is on the disk before the next answer is waited for. A process that is killed leaves at most one
-torn line, which its checksum tells; so does any other damage, and what was there is asked for again.
+torn line, which its checksum tells; so does other damage, and what was there is asked for again.
 A key that comes twice, after a failure was tried again, counts by its last line.
 
 In memory an answer takes 20 bytes, whatever its length.

@@ -55,7 +55,8 @@ class TaskText(Config):
     """What an answer is: the document itself, or questions with their answers."""
     system: str | None = None
     user: str
-    choices: dict[str, dict[str, str]] = {}  # what is chosen, by its name: what the prompt says
+    choices: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """What is chosen for a record -> name of a choice -> what the prompt says of it."""
     documents: tuple[str, ...] = ()  # templates over `pairs`; one is taken for each record
     checks: Checks
 
@@ -71,9 +72,10 @@ class TaskConfig(Config):
 
     prompt: str | None = None  # a file of a user's own; None: the one of the task's name
     share: float = Field(gt=0, le=1)  # of the excerpts that it is made of
-    choices: dict[str, tuple[str, ...]] = {}  # those that are made; all when a name is left out
-    checks: dict[str, float] = {}  # in place of the prompt's own
-    sampling: dict[str, float] = {}  # in place of the recipe's
+    choices: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Those that are made; all when a name is left out."""
+    checks: dict[str, float] = Field(default_factory=dict)  # in place of the prompt's own
+    sampling: dict[str, float] = Field(default_factory=dict)  # in place of the recipe's
 
 
 @dataclass(frozen=True)
