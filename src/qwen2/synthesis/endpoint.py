@@ -108,10 +108,7 @@ class EndpointGenerator:
                     lost.clear()
                     yield index, answer
         finally:
-            for task in flying:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*flying, return_exceptions=True))
-            loop.run_until_complete(client.aclose())
+            loop.run_until_complete(_drop(flying, client))
             loop.close()
 
     async def _ask(self, client: httpx.AsyncClient, prompt: Prompt) -> Answer:
@@ -209,14 +206,15 @@ class EndpointGenerator:
             ) from None
         if response.status_code in (401, 403):
             raise UserError(self._refusal(response))
+        names: list[str] = []
         with contextlib.suppress(ValueError, TypeError, LookupError):
             names = [str(entry["id"]) for entry in response.json()["data"]]
-            if response.status_code == 200 and names and self.model not in names:
-                near = difflib.get_close_matches(self.model, names, n=1) or names[:5]
-                raise UserError(
-                    f"{url}: there is no model {self.model!r}, but {', '.join(near)}; "
-                    "set `model` in the recipe"
-                )
+        if names and self.model not in names:
+            near = difflib.get_close_matches(self.model, names, n=1) or names[:5]
+            raise UserError(
+                f"{url}: there is no model {self.model!r}, but {', '.join(near)}; "
+                "set `model` in the recipe"
+            )
 
     def _refusal(self, response: httpx.Response) -> str:
         status = response.status_code
@@ -233,6 +231,13 @@ async def _finished(flying: Iterable[asyncio.Task[Answer]]) -> list[asyncio.Task
     """Those that have ended, once there are any or it is time to look at whether to stop."""
     done, _ = await asyncio.wait(flying, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     return list(done)
+
+
+async def _drop(flying: Iterable[asyncio.Task[Answer]], client: httpx.AsyncClient) -> None:
+    for task in flying:
+        task.cancel()
+    await asyncio.gather(*flying, return_exceptions=True)
+    await client.aclose()
 
 
 def _base(url: str) -> str:

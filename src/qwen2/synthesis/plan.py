@@ -6,6 +6,7 @@ of a hash of the record's name, so that it stays the same whatever else is in th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Plan:
         self.tasks = [
             (Task.of(name, task), recipe.sampling_of(task)) for name, task in recipe.tasks.items()
         ]
-        self._tokenizer = Tokenizer.qwen2()
+        self._tokenizer = _tokenizer()
 
     def __iter__(self) -> Iterator[Record]:
         """Source after source, document after document, excerpt after excerpt, task after task."""
@@ -100,6 +101,12 @@ class Plan:
     def _draw(self, id_: str, use: str) -> int:
         """A number from 0 to 2^31 - 1."""
         return int(digest([self.recipe.seed, id_, use], 4), 16) >> 1
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    """The published one whoever answers, so that excerpts are the same for every model."""
+    return Tokenizer.qwen2()
 
 
 def language_of(text: str, label: str | None) -> str | None:
