@@ -38,9 +38,9 @@ LANGUAGES = {
 }  # fmt: skip
 _PAIR = (
     re.compile(  # "Q:", "**Question 2:**", "问：" and then "A:" ..., each at the start of a line
-        r"^\W*(?:Q|Question|问题?|問題?)[ \t]*\d*[ \t]*[:：.)]\W*?(?P<question>\S.*?)\s*"
+        r"^[\W\d]*(?:Q|Question|问题?|問題?)[ \t]*\d*[ \t]*[:：.)]\W*?(?P<question>\S.*?)\s*"
         r"^\W*(?:A|Answer|答案?|回答)[ \t]*\d*[ \t]*[:：.)][ \t*_]*(?P<answer>\S.*?)\s*"
-        r"(?=^\W*(?:Q|Question|问题?|問題?)[ \t]*\d*[ \t]*[:：.)]|\Z)",
+        r"(?=^[\W\d]*(?:Q|Question|问题?|問題?)[ \t]*\d*[ \t]*[:：.)]|\Z)",
         re.MULTILINE | re.DOTALL | re.IGNORECASE,
     )
 )
