@@ -91,7 +91,7 @@ def plausible(prompt: Prompt) -> Answer:
             "Q: When was the Firth of Forth bridge opened?\nA: The railway bridge in Scotland was "
             f"opened in 1890 ({prompt.seed})."
         )
-    return Answer(text if "Q: the question" in asked else f"# Section\n\n{text * 4}", "stop", 9, 9)
+    return Answer(text if "Copper melts" in asked else f"# Section\n\n{text * 4}", "stop", 9, 9)
 
 
 def outputs(out: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from qwen2.common.errors import UserError
 from qwen2.synthesis.checks import Checks, content_share, judge, run_share
 from qwen2.synthesis.excerpts import ExcerptConfig, cut
 from qwen2.synthesis.generator import Answer
-from qwen2.synthesis.tasks import OWN, Task, TaskConfig, pairs
+from qwen2.synthesis.tasks import OWN, Task, TaskConfig, good_pairs, pairs
 from qwen2.tokenizer import Tokenizer
 
 BRIDGE = (
@@ -101,13 +101,26 @@ def test_pairs_of_another_script_and_none() -> None:
 
 
 def test_documents_of_pairs_come_in_several_formats() -> None:
-    made = {task("qa").document("Q: Who?\nA: He.\nQ: When?\nA: Now.", draw) for draw in range(6)}
+    made = {
+        task("qa").document("Q: Who?\nA: He.\nQ: When?\nA: Now.", "", draw) for draw in range(6)
+    }
     assert made == {
         "Q: Who?\nA: He.\n\nQ: When?\nA: Now.",
         "Who?\nHe.\n\nWhen?\nNow.",
         "1. Who?\n\n   He.\n\n2. When?\n\n   Now.",
     }
-    assert task("rewrite").document("```markdown\n# A\ntext\n```", 0) == "# A\ntext"
+    assert task("rewrite").document("```markdown\n# A\ntext\n```", "", 0) == "# A\ntext"
+
+
+def test_pairs_that_say_nothing_new_are_left_out() -> None:
+    prompt = "For example:\nQ: How hot?\nA: It is hot."
+    found = pairs(
+        "Q: How hot?\nA: Very.\nQ: Who?\nA: He.\nQ: What of her?\nA: He.\n"
+        "Q: What does the text say?\nA: Much.\nQ: When?\nA: It is hot.\nQ: Why?\nA: So."
+    )
+    assert len(found) == 6
+    assert [pair["question"] for pair in good_pairs(found, prompt)] == ["Who?", "Why?"]
+    assert task("qa").document("Q: How hot?\nA: Very.", prompt, 0) == ""
 
 
 def verdict(answer: Answer, language: str | None = "en", **limits: float) -> str | None:

@@ -178,11 +178,11 @@ def _from_answer(plan: Plan, record: Record, answer: Answer, made: Made) -> tupl
         text, reason = "", answer.error or "no answer"
         tally.failed += 1
     else:
-        text = task.document(answer.text, record.seed)
-        asked = task.messages("", record.language, record.choices)
+        messages = task.messages("", record.language, record.choices)
+        asked = "\n".join(message["content"] for message in messages)
+        text = task.document(answer.text, asked, record.seed)
         reason, measured = judge(
-            answer, text, excerpt.text, "\n".join(m["content"] for m in asked),
-            record.language, task.checks,
+            answer, text, excerpt.text, asked, record.language, task.checks
         )  # fmt: skip
     if reason is None:
         tally.kept += 1

@@ -45,6 +45,13 @@ _PAIR = (
     )
 )
 
+_OF_THE_TEXT = re.compile(
+    r"\b(?:the|this|given|provided) (?:text|passage|excerpt|extract|article)\b"
+    r"|\b(?:der|des|dem|den|diese[rmn]?) (?:Text|Abschnitt|Auszug|Artikel)"
+    r"|\b(?:le|du|ce) texte\b|\b(?:el|del|este) texto\b|文中|本文|这段|文章",
+    re.IGNORECASE,
+)
+
 
 class TaskText(Config):
     """The text of a task, as it stands in a file."""
@@ -131,15 +138,16 @@ class Task:
             return (user,)
         return {"role": "system", "content": self.text.system}, user
 
-    def document(self, answer: str, draw: int) -> str:
+    def document(self, answer: str, prompt: str, draw: int) -> str:
         """The text of a document from an answer; empty when it is not of the form asked for.
 
         Args:
+            prompt: what was asked, without the excerpt.
             draw: decides which template.
         """
         if self.text.form == "text":
             return _outside_fence(answer.strip())
-        found = pairs(answer)
+        found = good_pairs(pairs(answer), prompt)
         template = self._documents[draw % len(self._documents)]
         return template.render({"pairs": found}).strip() if found else ""
 
@@ -174,6 +182,23 @@ def pairs(answer: str) -> list[dict[str, str]]:
         {name: " ".join(match[name].strip(" *_\n").split()) for name in ("question", "answer")}
         for match in _PAIR.finditer(answer)
     ]
+
+
+def good_pairs(found: list[dict[str, str]], prompt: str) -> list[dict[str, str]]:
+    """Without those that say again what the prompt or an earlier pair says, or speak of "the text".
+
+    Small models write our example again, or one answer to every question.
+    """
+    good: list[dict[str, str]] = []
+    said, asked = set[str](), prompt.casefold()
+    for pair in found:
+        sides = [side.casefold() for side in pair.values()]
+        if not any(side in asked or side in said for side in sides) and not (
+            _OF_THE_TEXT.search(pair["question"])
+        ):
+            good.append(pair)
+        said.update(sides)
+    return good
 
 
 def data_values(name: str) -> dict[str, Any]:
