@@ -97,6 +97,9 @@ def test_pairs_are_found_in_what_models_make_of_the_form(answer: str) -> None:
 
 def test_pairs_of_another_script_and_none() -> None:
     assert pairs("问：谁开了桥？\n答：王子。") == [{"question": "谁开了桥？", "answer": "王子。"}]
+    assert pairs("Q: Who?\nA: He.\n\nI hope that this helps.") == [
+        {"question": "Who?", "answer": "He."}
+    ]
     assert pairs("A: no question") == pairs("Q: no answer") == pairs("") == []
 
 

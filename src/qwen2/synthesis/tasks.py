@@ -36,15 +36,11 @@ LANGUAGES = {
     "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tl": "Tagalog",
     "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
 }  # fmt: skip
-_PAIR = (
-    re.compile(  # "Q:", "**Question 2:**", "问：" and then "A:" ..., each at the start of a line
-        r"^[\W\d]*(?:Q|Question|问题?|問題?)[ \t]*\d*[ \t]*[:：.)]\W*?(?P<question>\S.*?)\s*"
-        r"^\W*(?:A|Answer|答案?|回答)[ \t]*\d*[ \t]*[:：.)][ \t*_]*(?P<answer>\S.*?)\s*"
-        r"(?=^[\W\d]*(?:Q|Question|问题?|問題?)[ \t]*\d*[ \t]*[:：.)]|\Z)",
-        re.MULTILINE | re.DOTALL | re.IGNORECASE,
-    )
+_LABEL = re.compile(  # "Q:", "**Question 2:**", "- 问：" or "A:" ... at the start of a line
+    r"[\W\d]{0,12}(?:(?P<question>Q|Question|问题?|問題?)|A|Answer|答案?|回答)[ \t]{0,4}\d{0,3}"
+    r"[ \t]{0,4}[:：.)]",
+    re.IGNORECASE,
 )
-
 _OF_THE_TEXT = re.compile(
     r"\b(?:the|this|given|provided) (?:text|passage|excerpt|extract|article)\b"
     r"|\b(?:der|des|dem|den|diese[rmn]?) (?:Text|Abschnitt|Auszug|Artikel)"
@@ -176,12 +172,25 @@ class Task:
 def pairs(answer: str) -> list[dict[str, str]]:
     """Questions and answers, as `{"question", "answer"}`, of an answer in the form that was asked.
 
-    Marks of Markdown around the labels, and numbers, are passed over.
+    Marks of Markdown around the labels, and numbers, are passed over. Either side may go over
+    several lines, up to the next label or an empty line: what follows that is a remark.
     """
-    return [
-        {name: " ".join(match[name].strip(" *_\n").split()) for name in ("question", "answer")}
-        for match in _PAIR.finditer(answer)
-    ]
+    found: list[dict[str, list[str]]] = []
+    lines: list[str] = []  # of the side that goes on
+    for line in answer.splitlines():
+        label = _LABEL.match(line)
+        if label is None:
+            if not line.strip() and any(lines):
+                lines = []
+            lines.append(line.strip(" *_"))
+            continue
+        lines = [line[label.end() :].strip(" *_")]
+        if label["question"]:
+            found.append({"question": lines, "answer": []})
+        elif found and not found[-1]["answer"]:
+            found[-1]["answer"] = lines
+    texts = [{side: " ".join(" ".join(part).split()) for side, part in p.items()} for p in found]
+    return [pair for pair in texts if all(pair.values())]
 
 
 def good_pairs(found: list[dict[str, str]], prompt: str) -> list[dict[str, str]]:
