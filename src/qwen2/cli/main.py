@@ -18,6 +18,7 @@ from qwen2.cli import (
     quickstart,
     score,
     serve,
+    synth,
     tokenizer,
     train,
     upcycle,
@@ -59,6 +60,7 @@ app.command()(score.score)
 app.command()(convert.convert)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(corpus.app, name="corpus")
+app.add_typer(synth.app, name="synth")
 app.command()(train.train)
 app.command()(upcycle.upcycle)
 app.command()(doctor.doctor)

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -40,14 +40,17 @@ class Template:
     Args:
         source: the template.
         names: further names that it may use, such as `eos_token`; their text counts as its own.
+        what: what errors call it.
 
     Raises:
         UserError: it is longer than 64 KiB or is not Jinja.
     """
 
-    def __init__(self, source: str, names: Mapping[str, str]) -> None:
-        check_size(source)
-        self._source = source
+    def __init__(
+        self, source: str, names: Mapping[str, str], *, what: str = "chat template"
+    ) -> None:
+        check_size(source, what)
+        self._source, self._what = source, what
         self._names = {name: Markup(text) for name, text in names.items()}
         self._plain = self._compile(traced=False)
 
@@ -68,8 +71,13 @@ class Template:
                     raise UserError(f"it gives more than {MAX_RENDERED:,} characters")
         # A template is somebody else's program: whatever it raises is told in one line.
         except Exception as error:
-            raise UserError(f"chat template: {' '.join(str(error).split())[:1000]}") from error
+            raise UserError(f"{self._what}: {' '.join(str(error).split())[:1000]}") from error
         return "".join(pieces)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names that it takes from the values it is filled with."""
+        return frozenset(meta.find_undeclared_variables(_environment(False).parse(self._source)))
 
     @cached_property
     def _traced(self) -> jinja2.Template:
@@ -83,14 +91,14 @@ class Template:
                 tree = _TrustTemplate().visit(tree)
             code = environment.compile(tree)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"chat template, line {error.lineno}: {error.message}") from None
+            raise UserError(f"{self._what}, line {error.lineno}: {error.message}") from None
         return environment.template_class.from_code(environment, code, environment.globals)
 
 
-def check_size(source: str) -> None:
+def check_size(source: str, what: str = "chat template") -> None:
     """A UserError if the source of a template is too long."""
     if len(source) > MAX_SOURCE:
-        raise UserError(f"chat template: {len(source)} characters; {MAX_SOURCE} at most")
+        raise UserError(f"{what}: {len(source)} characters; {MAX_SOURCE} at most")
 
 
 def escape_ampersand(text: str) -> str:

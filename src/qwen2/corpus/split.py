@@ -1,14 +1,16 @@
 """Train and held-out documents, chosen by a hash: whatever the order, whatever else is there.
 
 The hash is of the document's group if it has one, else of its text. A module's code and the
-docstrings taken from it share a group and so a side, else the held-out set would leak. Only a kind
-of which chance holds out too few bytes to measure depends on the rest of the corpus: the keys with
-its next smallest hashes are held out too.
+docstrings taken from it share a group and so a side, else the held-out set would leak; so do a text
+and what a model made of it (`group_of_derived`). Only a kind of which chance holds out too few
+bytes to measure depends on the rest of the corpus: the keys with its next smallest hashes are held
+out too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,15 +18,25 @@ from dataclasses import dataclass
 from qwen2.corpus.dedup import text_digest
 from qwen2.corpus.documents import Document
 
+OF_TEXT = re.compile(r"text:[0-9a-f]{32}")
+
 
 def split_key(document: Document) -> str:
     """What decides the side of `document`."""
     return key_of(document.group, text_digest(document.text))
 
 
+def group_of_derived(parent: Document) -> str:
+    """The group of a document that was made from `parent`: a split never parts the two."""
+    return parent.group if parent.group is not None else split_key(parent)
+
+
 def key_of(group: str | None, digest: bytes) -> str:
     """`split_key` of a document of this group and digest of its text."""
-    return f"group:{group}" if group is not None else f"text:{digest.hex()}"
+    if group is None:
+        return f"text:{digest.hex()}"
+    # A group that is the key of a text is that of whatever was made from it.
+    return group if OF_TEXT.fullmatch(group) else f"group:{group}"
 
 
 @dataclass(frozen=True)
