@@ -10,14 +10,14 @@ from qwen2.common.errors import UserError
 
 
 def find_recipe(name: str) -> Path:
-    """The file `name`, or the package's recipe of that name, with or without `.yaml`.
+    """The file `name`, or the package's recipe of that name (`7b`, `corpus/laptop`).
 
     Raises:
         UserError: neither; says which recipes there are.
     """
     if Path(name).is_file():
         return Path(name)
-    own = {path.stem: path for path in _own()}
+    own = dict(_own())
     stem = name.removesuffix(".yaml")
     if stem in own:
         return own[stem]
@@ -26,6 +26,7 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"recipe {name!r}: no such file; {hint}there are {', '.join(sorted(own))}")
 
 
-def _own() -> list[Path]:
+def _own() -> list[tuple[str, Path]]:
     folder = Path(str(files("qwen2"))) / "recipes"
-    return sorted(folder.glob("*.yaml"))
+    paths = sorted(folder.rglob("*.yaml"))
+    return [(path.relative_to(folder).with_suffix("").as_posix(), path) for path in paths]

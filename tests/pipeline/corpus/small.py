@@ -7,11 +7,65 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "the of and to in that it with as was for on be by at this have from not are but which or an "
-    "they you were her she all would there been one so what up out if about who get when make can "
-    "river mountain letter garden window winter harbour market silver lantern journey evening"
-).split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "that",
+    "it",
+    "with",
+    "as",
+    "was",
+    "for",
+    "on",
+    "be",
+    "by",
+    "at",
+    "this",
+    "have",
+    "from",
+    "not",
+    "are",
+    "but",
+    "which",
+    "or",
+    "an",
+    "they",
+    "you",
+    "were",
+    "her",
+    "she",
+    "all",
+    "would",
+    "there",
+    "been",
+    "one",
+    "so",
+    "what",
+    "up",
+    "out",
+    "if",
+    "about",
+    "who",
+    "get",
+    "when",
+    "make",
+    "can",
+    "river",
+    "mountain",
+    "letter",
+    "garden",
+    "window",
+    "winter",
+    "harbour",
+    "market",
+    "silver",
+    "lantern",
+    "journey",
+    "evening",
+]
 QUESTION = (
     "A farmer sells forty seven baskets of pears on Monday and twice as many on Tuesday; each "
     "basket holds nineteen pears and three of them are always bad. How many good pears were sold?"

@@ -15,6 +15,7 @@ from qwen2.corpus.filters.rules import Rule
 from qwen2.pipeline.corpus import examples
 from qwen2.pipeline.corpus.fates import FATES
 from qwen2.pipeline.corpus.judge import rules_of
+from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
 from qwen2.pipeline.corpus.recipe import CorpusRecipe
 from qwen2.pipeline.corpus.why import FATES as SAID
@@ -125,7 +126,7 @@ def _tokens(layout: Layout) -> dict[str, Any]:
     if not layout.has("tokens"):
         return {}
     found = {}
-    for side in ("train", "held-out"):
+    for side in SIDES:
         index = layout.place("tokens") / side / "shards.json"
         if index.exists():
             found[side] = json.loads(index.read_text())["tokens_by_kind"]

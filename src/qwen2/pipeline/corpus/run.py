@@ -9,8 +9,9 @@ from typing import Any
 
 from qwen2.common.files import remove_leftovers
 from qwen2.common.progress import Progress
-from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare
+from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare, tokens
 from qwen2.pipeline.corpus.contamination import search_part
+from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
 from qwen2.pipeline.corpus.page import write_report
 from qwen2.pipeline.corpus.recipe import CorpusRecipe
@@ -60,6 +61,7 @@ def corpus_stages(recipe: CorpusRecipe, out: Path, workers: Workers) -> list[Sta
         ("contamination", "Look for test sets", by_part("contamination", search_part), False),
         ("kept", "Write what stays", lambda: _keep(layout, workers), False),
         ("fates", "Count what became of all", by_part("fates", fates.fate_part), False),
+        ("tokens", "Turn it into tokens", lambda: _tokenize(layout, workers), False),
     ]
     return [
         Stage(
@@ -91,6 +93,14 @@ def _keep(layout: Layout, workers: Workers) -> Figures:
     if not (layout.place("kept") / keep.CHOSEN).exists():
         keep.choose_sides(layout)
     return _by_part(layout, workers, "kept", keep.keep_part)()
+
+
+def _tokenize(layout: Layout, workers: Workers) -> Figures:
+    tokens.save_tokenizer(layout)
+    paths = {part: [tokens.shard_path(layout, s, part) for s in SIDES] for part in layout.parts}
+    todo = [part for part, of in paths.items() if not all(map(tokens.is_shard, of))]
+    _drain("tokens", partial(tokens.tokenize_part, layout), todo, len(paths), workers)
+    return tokens.index_sides(layout)
 
 
 def _by_part(
