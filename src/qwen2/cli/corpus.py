@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from qwen2.cli import corpus_quality
 from qwen2.cli.options import Json
 
 app = typer.Typer(help="From raw text to a mixture that was chosen.", no_args_is_help=True)
+app.add_typer(corpus_quality.app, name="quality")
 
 
 @app.command()

@@ -81,9 +81,11 @@ class TextSource(Config):
                     raise UserError(f"{place}: no text under {self.text!r}")
                 yield place, text, row
 
-    def language_of(self, record: Mapping[str, Any]) -> str:
-        """The language of a record, or `unknown`."""
-        return str(record.get(self.language) or UNKNOWN)
+    def example(self, text: str, record: Mapping[str, Any], target: float) -> Example:
+        """A record with a label."""
+        language = str(record.get(self.language) or UNKNOWN)
+        key = str(record.get("group") or _hash(text))
+        return Example(text, target, language, str(self.path), key)
 
 
 class LabelSource(TextSource):
@@ -109,8 +111,7 @@ class LabelSource(TextSource):
         """
         for place, text, record in self.records():
             target = self.label if self.label is not None else self._own(place, record)
-            key = str(record.get("group") or _hash(text))
-            yield Example(text, target, self.language_of(record), str(self.path), key)
+            yield self.example(text, record, target)
 
     def _own(self, place: str, record: Mapping[str, Any]) -> float:
         value = record.get(str(self.label_key))
@@ -121,13 +122,14 @@ class LabelSource(TextSource):
         return float(value) / self.highest
 
 
-def read_examples(sources: Sequence[LabelSource]) -> list[Example]:
-    """All labelled texts, those of one text once: the first source that has it labels it.
+def read_examples(sources: Sequence[LabelSource], judged: Sequence[Example] = ()) -> list[Example]:
+    """All labelled texts, each once: the judge's label counts, else that of the first source.
 
     Raises:
         UserError: a source fails, or all texts are good, or all bad.
     """
     examples = {_hash(e.text): e for source in reversed(sources) for e in source.examples()}
+    examples |= {_hash(e.text): e for e in judged}
     good = sum(each.target >= GOOD for each in examples.values())
     if not 0 < good < len(examples):
         raise UserError(

@@ -57,7 +57,7 @@ class Linear:
         self.config, self.weights, self.bias = config, weights, bias
 
     @classmethod
-    def train(
+    def fit(
         cls,
         texts: Sequence[str],
         targets: NDArray[np.float64],
@@ -93,7 +93,7 @@ class Linear:
         return cls(config, weights.astype(np.float32), float(bias))
 
     def scores(self, texts: Sequence[str]) -> Floats:
-        """How good each text is, (texts,) from 0 to 1; the bias decides where there are no words."""
+        """How good each text is, (texts,) from 0 to 1; without words the bias decides."""
         return sigmoid(self.logits(texts)).astype(np.float32)
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:

@@ -26,6 +26,7 @@ BUDGET = 2048  # tokens of a pass of several documents; one window may be longer
 CHARACTERS = 16  # a token's, at most, where a long text is cut before it is tokenised
 
 Floats = NDArray[np.float64]
+Mean = NDArray[np.float32]
 
 
 class Extent(Config):
@@ -47,7 +48,7 @@ class Readings:
     """How many these are, (documents,)."""
     bytes: Floats
     """Their bytes of UTF-8, (documents,)."""
-    pooled: NDArray[np.float32]
+    pooled: Mean
     """Mean over the tokens of the hidden states after the final norm, (documents, C)."""
 
     @property
@@ -120,7 +121,7 @@ class Reader:
             return ids, len(text.encode("utf-8", "replace"))
         return ids[:most], len(self.tokenizer.decode_bytes(ids[:most]))
 
-    def _pass(self, windows: Sequence[_Window], loss: bool) -> Iterator[tuple[float, Tensor]]:
+    def _pass(self, windows: Sequence[_Window], loss: bool) -> Iterator[tuple[float, Mean]]:
         """Sum of nats and of hidden states (C,) of the fresh part of each window."""
         device = self.model.device
         lengths = [len(window.ids) for window in windows]
@@ -135,7 +136,7 @@ class Reader:
             rows = own[window.fresh : window.fresh + len(known)]
             # <|endoftext|> itself says nothing of the text.
             content = own[1 if window.is_first else window.fresh :]
-            yield self._nats(rows, known) if loss else 0.0, content.float().sum(0).cpu()
+            yield self._nats(rows, known) if loss else 0.0, content.float().sum(0).cpu().numpy()
 
     def _nats(self, hidden: Tensor, targets: Tensor) -> float:
         """-log p of targets (n,) after hidden states (n, C); few rows of logits at a time."""
