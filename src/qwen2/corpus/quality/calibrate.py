@@ -41,8 +41,10 @@ class Quantiles:
     @classmethod
     def of(cls, scores: Scores) -> Self:
         """The quantiles of a sample, all of it where it is small."""
-        count = min(len(scores), KNOTS)
-        return cls(np.quantile(scores, (np.arange(count) + 0.5) / count, method="hazen"))
+        if len(scores) <= KNOTS:
+            return cls(np.sort(scores))
+        ranks = (np.arange(KNOTS) + 0.5) / KNOTS
+        return cls(np.sort(np.quantile(scores, ranks, method="hazen")))  # rounding may unsort them
 
     def percentiles(self, scores: Scores) -> Scores:
         """The part of the sample below each score, half of the equal ones included: 0 to 1.

@@ -7,6 +7,7 @@ the last finished stage, and within one after the last piece of documents that a
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,14 +32,17 @@ from qwen2.pipeline.quality.examples import (
     targets_of,
 )
 from qwen2.pipeline.quality.head import Head, fingerprint
+from qwen2.pipeline.quality.page import write_page
+from qwen2.pipeline.quality.reading import Extent
 from qwen2.pipeline.quality.recipe import QualityRecipe
-from qwen2.pipeline.quality.results import compare, write_results
+from qwen2.pipeline.quality.results import compare
 from qwen2.pipeline.quality.scorers import QualityConfig, open_reader, open_scorers
 from qwen2.pipeline.stages import Run, Stage, run_stages
 
 EXAMPLES, LINEAR, HEAD = "examples", "linear", "head"
+FIGURES = "quality.json"
 CALIBRATION, CONFIG = "calibration.safetensors", "quality.yaml"
-PIECE = 64  # documents that are read again, at most, after a run was killed
+PIECE = 32  # documents that are read again, at most, after a run was killed
 
 QualityRun = Run[QualityRecipe]
 Arrays = dict[str, NDArray[Any]]
@@ -134,7 +138,9 @@ def _report(run: QualityRun) -> dict[str, Any]:
     reference = scored(run, REFERENCE)
     figures = compare(columns, examples, reference, run.recipe.least)
     figures["costs"] = run.results["score"]["costs"]
-    write_results(run.folder, figures, columns, examples)
+    text = json.dumps(figures, indent=1, ensure_ascii=False)
+    durable_write(run.folder / FIGURES, text.encode())
+    write_page(run.folder, figures, columns, examples)
     return figures
 
 
@@ -147,7 +153,7 @@ def raw_config(run: QualityRun) -> QualityConfig:
         head=run.folder / HEAD if recipe.head else None,
         head_model=recipe.head.model if recipe.head else None,
         perplexity_model=perplexity.model if perplexity else None,
-        **({"perplexity_extent": perplexity.extent} if perplexity else {}),
+        perplexity_extent=perplexity.extent if perplexity else Extent(),
         dtype=recipe.dtype,
         device=recipe.device,
     )
