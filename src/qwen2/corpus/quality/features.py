@@ -69,7 +69,7 @@ def feature_batches(texts: Sequence[str], bits: int) -> Iterator[tuple[slice, Fe
 
 
 def features(texts: Sequence[str], bits: int) -> Features:
-    """The features of `texts` at once. Memory: about 40 bytes a byte; see `feature_batches`."""
+    """The features of `texts` at once. Memory: about 60 bytes a byte; see `feature_batches`."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     data = np.frombuffer(b" ".join([*encoded, b""]), np.uint8)
     sizes = np.array([len(each) + 1 for each in encoded], np.int64)

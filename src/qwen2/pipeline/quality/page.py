@@ -111,6 +111,8 @@ def _agreement(agreed: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[st
 
 
 def _ranks(ranked: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if len(ranked) == 1:
+        return []
     rows = [
         [TITLES[a], *(f"{value:+.3f}" for value in others.values())] for a, others in ranked.items()
     ]

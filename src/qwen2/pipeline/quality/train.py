@@ -128,7 +128,8 @@ def _calibrate(run: QualityRun) -> dict[str, Any]:
     columns, examples = scored(run, REFERENCE)
     languages = [each.language for each in examples]
     Calibration.fit(columns, languages, run.recipe.least).save(run.folder / CALIBRATION)
-    config = raw_config(run).model_copy(update={"calibration": run.folder / CALIBRATION})
+    path = run.folder.resolve() / CALIBRATION
+    config = raw_config(run).model_copy(update={"calibration": path})
     config.save(run.folder / CONFIG)
     return {"texts": len(examples), "config": CONFIG}
 
@@ -146,11 +147,11 @@ def _report(run: QualityRun) -> dict[str, Any]:
 
 def raw_config(run: QualityRun) -> QualityConfig:
     """The scorers of the run, not calibrated."""
-    recipe = run.recipe
+    recipe, folder = run.recipe, run.folder.resolve()
     perplexity = recipe.perplexity
     return QualityConfig(
-        linear=run.folder / LINEAR,
-        head=run.folder / HEAD if recipe.head else None,
+        linear=folder / LINEAR,
+        head=folder / HEAD if recipe.head else None,
         head_model=recipe.head.model if recipe.head else None,
         perplexity_model=perplexity.model if perplexity else None,
         perplexity_extent=perplexity.extent if perplexity else Extent(),
