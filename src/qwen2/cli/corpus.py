@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen2.cli import corpus_show
+from qwen2.cli import corpus_quality, corpus_show
 from qwen2.cli.options import Json
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="From raw text to a mixture that was chosen.", no_args_is_help=True)
 fetching = typer.Typer(help="Get text from elsewhere.", no_args_is_help=True)
 app.add_typer(fetching, name="fetch")
+app.add_typer(corpus_quality.app, name="quality")
 app.command()(corpus_show.show)
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe shipped.")]

@@ -192,8 +192,7 @@ def fit_boosted(mixtures: Floats, losses: Floats, seed: int = 0) -> BoostedLaw:
 
 def spearman(one: Floats, other: Floats) -> float:
     """Spearman's rank correlation of two lists (M,), ties sharing their rank; NaN if constant."""
-    ranks = [_ranks(values) for values in (one, other)]
-    first, second = (rank - rank.mean() for rank in ranks)
+    first, second = (rank - rank.mean() for rank in map(ranks, (one, other)))
     size = float(np.sqrt((first**2).sum() * (second**2).sum()))
     return float((first * second).sum()) / size if size else float("nan")
 
@@ -208,7 +207,8 @@ def out_of_fold(name: LawName, mixtures: Floats, losses: Floats, folds: int = FO
     return predicted
 
 
-def _ranks(values: Floats) -> Floats:
+def ranks(values: Floats) -> Floats:
+    """The place of each value in their order, from 1; equal ones share the middle of theirs."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[places]
