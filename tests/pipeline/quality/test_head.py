@@ -10,9 +10,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from qwen2.common.errors import UserError
+from qwen2.corpus.quality.config import Extent
 from qwen2.corpus.quality.measure import area
 from qwen2.pipeline.quality.head import Head, HeadConfig, check_model, fingerprint
-from qwen2.pipeline.quality.reading import Extent
 
 
 def made(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

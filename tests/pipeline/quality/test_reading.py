@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from qwen2.corpus.quality.config import Extent
 from qwen2.evaluate.score import score_text
 from qwen2.model.decoder import Qwen2
 from qwen2.pipeline.quality import reading
-from qwen2.pipeline.quality.reading import Extent, Reader
+from qwen2.pipeline.quality.reading import Reader
 from qwen2.tokenizer import Tokenizer
 
 TEXTS = ["Fünf Wörter, and some more of them.", "", "x", "short", "long " * 40]

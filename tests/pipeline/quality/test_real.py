@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen2.corpus.quality.config import Extent
 from qwen2.model.hub import load
-from qwen2.pipeline.quality.reading import Extent, Reader
+from qwen2.pipeline.quality.reading import Reader
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

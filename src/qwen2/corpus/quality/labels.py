@@ -25,7 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from qwen2.common.config import Config, one_line
 from qwen2.common.errors import UserError
-from qwen2.corpus.split import held_out_keys
+from qwen2.corpus.split import choose_held_out
 
 GOOD = 0.5
 """A target from which a text counts as good, where yes or no is asked."""
@@ -143,7 +143,7 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Those to train on, and those to measure by: of each language and class about `share`."""
     sides = [(_class(each), each.key, len(each.text.encode())) for each in examples]
-    held = held_out_keys(sides, share, seed)
+    held = choose_held_out(sides, share, seed)
     parts: tuple[list[Example], list[Example]] = ([], [])
     for each in examples:
         parts[each.key in held].append(each)

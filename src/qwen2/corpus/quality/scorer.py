@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.corpus.quality.calibrate import Calibration
+from qwen2.corpus.quality.config import QUALITY
 from qwen2.corpus.quality.linear import Linear
 
 Columns = dict[str, NDArray[np.float64]]
 
-QUALITY = "quality"
 PERCENTILE = "_percentile"
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qwen2.common.files import durable_file
-from qwen2.corpus.filters.rules import Failure, Rule, Rules
+from qwen2.corpus.filters.rules import Failure, Rule
 from qwen2.pipeline.corpus.layout import DOCUMENTS, Layout
 from qwen2.pipeline.corpus.recipe import CorpusRecipe, LanguageRule
 
@@ -65,10 +65,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def rules_of(recipe: CorpusRecipe, source: str) -> tuple[Rule, ...]:
     """The rules that hold for the documents of `source`, of its filter set and of the scores."""
-    return (
-        *recipe.filters_of(source).in_force.rules,
-        *(recipe.quality.rules if recipe.quality else ()),
-    )
+    scored = recipe.quality.limits.rules if recipe.quality else ()
+    return (*recipe.filters_of(source).in_force.rules, *scored)
 
 
 def _numbers(layout: Layout, part: str, source: str) -> dict[str, pa.ChunkedArray]:
@@ -96,7 +94,7 @@ def _reasons(columns: Mapping[str, pa.ChunkedArray], recipe: CorpusRecipe, sourc
     numbers = {name: _array(columns[name]) for name in filters.judged}
     _add(reasons, filters.judge(numbers, languages))
     if recipe.quality:
-        rules = Rules(rules=recipe.quality.rules)
+        rules = recipe.quality.limits
         numbers = {name: _array(columns[name]) for name in rules.statistics}
         _add(reasons, rules.judge_all(numbers, languages))
     return reasons

@@ -149,8 +149,8 @@ def stage_settings(recipe: CorpusRecipe) -> dict[str, Any]:
     found = language and {k: v for k, v in language.items() if k not in ("keep", "mislabelled")}
     return {
         "documents": [r["sources"], found, editors, r["part_megabytes"]],
-        "scores": quality and quality["scorers"],
-        "decisions": [rules, r["shortest"], language, quality and quality["rules"]],
+        "scores": quality and [quality["scorers"], quality["bulk"]],
+        "decisions": [rules, r["shortest"], language, quality],
         "sketches": duplicates["minhash"],
         "duplicates": duplicates["older"],
         "paragraphs": duplicates["paragraphs"],

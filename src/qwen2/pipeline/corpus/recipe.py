@@ -9,10 +9,13 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from qwen2.common.config import Config
 from qwen2.corpus.decontaminate import LcsRule
+from qwen2.corpus.filters.rules import Rule, Rules
 from qwen2.corpus.filters.sets import FilterSet
 from qwen2.corpus.language import LanguageConfig
 from qwen2.corpus.minhash import MinHash
 from qwen2.corpus.paragraphs import ParagraphRule
+from qwen2.corpus.quality.config import QUALITY as LINEAR
+from qwen2.corpus.quality.config import QualityConfig
 from qwen2.corpus.readers import Source
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
@@ -28,6 +31,30 @@ class LanguageRule(LanguageConfig):
     instead. The label is checked, not believed."""
     mislabelled: Literal["keep", "drop"] = "keep"
     """What becomes of a document whose label is wrong."""
+
+
+class Quality(Config):
+    """Model-based filters: what scores documents, and which scores are enough."""
+
+    scorers: QualityConfig
+    rules: tuple[Rule, ...] = ()
+    """Limits of the scores; a document without a score is not dropped for it."""
+    bulk: Rule | None = None
+    """A rule of the linear classifier's: what fails it goes, and no model reads it."""
+
+    @property
+    def limits(self) -> Rules:
+        """All rules."""
+        return Rules(rules=(*([self.bulk] if self.bulk else []), *self.rules))
+
+    @model_validator(mode="after")
+    def _scored(self) -> Self:
+        known = self.scorers.columns
+        for name in sorted(self.limits.statistics - set(known)):
+            raise ValueError(f"rules: no scorer gives {name!r}; there are {', '.join(known)}")
+        if self.bulk and not self.bulk.statistic.startswith(LINEAR):
+            raise ValueError(f"bulk: {self.bulk.statistic!r} is not the linear classifier's")
+        return self
 
 
 class Deduplication(Config):
@@ -67,7 +94,7 @@ class CorpusRecipe(Config):
     """By the name that sources call them."""
     language: LanguageRule | None = LanguageRule()
     """None: the sources' labels are believed."""
-    quality: None = None
+    quality: Quality | None = None
     shortest: int = Field(default=1, ge=0)
     """Bytes that a document must have after its editors."""
     duplicates: Deduplication = Deduplication()

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen2.common.files import remove_leftovers
 from qwen2.common.progress import Progress
-from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare, tokens
+from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare, score, tokens
 from qwen2.pipeline.corpus.contamination import search_part
 from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
@@ -53,6 +53,7 @@ def corpus_stages(recipe: CorpusRecipe, out: Path, workers: Workers) -> list[Sta
     by_part = partial(_by_part, layout, workers)
     stages: list[tuple[str, str, Callable[[], Figures], bool]] = [
         ("documents", "Read, edit and measure", lambda: _read(layout, workers), False),
+        ("scores", "Score quality", by_part("scores", score.score_part), False),
         ("decisions", "Decide by rules", by_part("decisions", judge.decide_part), False),
         ("sketches", "Sketch documents", by_part("sketches", duplicates.sketch_part), False),
         ("duplicates", "Find duplicates", partial(duplicates.join_duplicates, layout), True),

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.common.files import durable_folder, sha256_of
+from qwen2.corpus.quality.config import Extent
 from qwen2.corpus.quality.files import read_json, read_tensors
 from qwen2.model.hub import locate
-from qwen2.pipeline.quality.reading import Extent
 
 CONFIG, WEIGHTS = "config.json", "head.safetensors"
 STEPS = 200  # of L-BFGS, at most

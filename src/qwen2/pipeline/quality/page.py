@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from qwen2.common.files import durable_write
 from qwen2.common.plot import line_chart
+from qwen2.corpus.quality.config import BITS, HEAD, PERPLEXITY, QUALITY
 from qwen2.corpus.quality.labels import GOOD, Example
 from qwen2.corpus.quality.measure import ALL
-from qwen2.corpus.quality.scorer import QUALITY
 from qwen2.pipeline.quality.examples import targets_of
 from qwen2.pipeline.quality.results import KEPT, Scores
-from qwen2.pipeline.quality.scorers import BITS, HEAD, PERPLEXITY
 from qwen2.pipeline.report import STYLE
 
 PAGE = "quality.html"

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from qwen2.common.config import Config
+from qwen2.corpus.quality.config import Extent
 from qwen2.evaluate.score import LOGIT_ROWS
 from qwen2.model.decoder import Qwen2
 from qwen2.tokenizer import Tokenizer
@@ -27,15 +26,6 @@ CHARACTERS = 16  # a token's, at most, where a long text is cut before it is tok
 
 Floats = NDArray[np.float64]
 Mean = NDArray[np.float32]
-
-
-class Extent(Config):
-    """How much of a document a model reads."""
-
-    tokens: PositiveInt | None = 1024
-    """The first so many; None: all of it."""
-    context: int = Field(default=2048, ge=2)
-    """Tokens of a window."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pydantic import Field, PositiveInt, model_validator
 
 from qwen2.common.config import Config
 from qwen2.corpus.quality.calibrate import LEAST
+from qwen2.corpus.quality.config import Extent
 from qwen2.corpus.quality.labels import LabelSource, TextSource
 from qwen2.corpus.quality.linear import LinearConfig
 from qwen2.pipeline.quality.head import HeadConfig
 from qwen2.pipeline.quality.judges import JudgeConfig
-from qwen2.pipeline.quality.reading import Extent
 
 
 class ModelReading(Config):

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from qwen2.corpus.mixing_law import spearman
 from qwen2.corpus.quality.calibrate import Calibration
+from qwen2.corpus.quality.config import BITS, HEAD, PERPLEXITY, QUALITY
 from qwen2.corpus.quality.labels import Example
 from qwen2.corpus.quality.measure import by_language
-from qwen2.corpus.quality.scorer import QUALITY
 from qwen2.pipeline.quality.examples import targets_of
-from qwen2.pipeline.quality.scorers import BITS, HEAD, PERPLEXITY
 
 KEPT = 0.3  # share that the example of one threshold keeps
 FEW = 20  # documents of a language below which its share says nothing

@@ -10,17 +10,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
 
 import numpy as np
-from pydantic import model_validator
 
-from qwen2.common.config import Config
 from qwen2.corpus.quality.calibrate import Calibration
+from qwen2.corpus.quality.config import BITS, HEAD, PERPLEXITY, Extent, QualityConfig
 from qwen2.corpus.quality.linear import Linear
 from qwen2.corpus.quality.scorer import (
-    QUALITY,
     Columns,
     LinearScorer,
     Scorer,
@@ -29,51 +25,7 @@ from qwen2.corpus.quality.scorer import (
 )
 from qwen2.model.hub import load
 from qwen2.pipeline.quality.head import Head, check_model
-from qwen2.pipeline.quality.reading import Extent, Reader
-
-HEAD, PERPLEXITY, BITS = "head", "perplexity", "bits_per_byte"
-
-
-class QualityConfig(Config):
-    """Which scorers there are, and where what they were trained to lies."""
-
-    linear: Path | None = None
-    """Folder of a linear classifier."""
-    head: Path | None = None
-    """Folder of a head."""
-    head_model: str | None = None
-    """The model that it was trained on: MODEL as every command takes it."""
-    perplexity_model: str | None = None
-    perplexity_extent: Extent = Extent()
-    """How much of a document is predicted; a head has its own."""
-    calibration: Path | None = None
-    """Percentiles of each language; None: raw scores alone."""
-    dtype: str = "auto"
-    device: str = "auto"
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if (self.head is None) != (self.head_model is None):
-            raise ValueError("head and head_model belong together: give both or neither")
-        if not (self.linear or self.head or self.perplexity_model):
-            raise ValueError("no scorer: give linear, head, or perplexity_model")
-        return self
-
-    @property
-    def scores(self) -> tuple[str, ...]:
-        """Names of the raw scores."""
-        return (
-            *((QUALITY,) if self.linear else ()),
-            *((HEAD,) if self.head else ()),
-            *((PERPLEXITY, BITS) if self.perplexity_model else ()),
-        )
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of all columns that the scorers give, in their order."""
-        if self.calibration is None:
-            return self.scores
-        return tuple(c for name in self.scores for c in (name, f"{name}_percentile"))
+from qwen2.pipeline.quality.reading import Reader
 
 
 class ModelScorer:

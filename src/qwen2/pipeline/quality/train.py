@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from qwen2.common.files import durable_write
 from qwen2.common.progress import Progress
 from qwen2.corpus.quality.calibrate import Calibration
+from qwen2.corpus.quality.config import Extent, QualityConfig
 from qwen2.corpus.quality.files import read_tensors
 from qwen2.corpus.quality.labels import Example, balance
 from qwen2.corpus.quality.linear import Linear
@@ -33,10 +34,9 @@ from qwen2.pipeline.quality.examples import (
 )
 from qwen2.pipeline.quality.head import Head, fingerprint
 from qwen2.pipeline.quality.page import write_page
-from qwen2.pipeline.quality.reading import Extent
 from qwen2.pipeline.quality.recipe import QualityRecipe
 from qwen2.pipeline.quality.results import compare
-from qwen2.pipeline.quality.scorers import QualityConfig, open_reader, open_scorers
+from qwen2.pipeline.quality.scorers import open_reader, open_scorers
 from qwen2.pipeline.stages import Run, Stage, run_stages
 
 EXAMPLES, LINEAR, HEAD = "examples", "linear", "head"
