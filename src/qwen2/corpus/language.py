@@ -28,6 +28,7 @@ from pydantic import Field, PositiveInt
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.corpus.close_languages import PAIRS, RELATED, of_pair
+from qwen2.corpus.noise import without_noise
 
 REPORT_LANGUAGES = (
     "en", "zh", "de", "fr", "es", "pt", "it", "nl", "ru", "cs", "pl", "ar", "fa", "he", "tr", "ja",
@@ -46,13 +47,6 @@ SAME = {
     "nb": "no", "nn": "no", "iw": "he", "in": "id", "cmn": "zh", "yue": "zh", "wuu": "zh",
     "fil": "tl", "als": "de", "arz": "ar", "pes": "fa", "zsm": "ms",
 }  # fmt: skip
-# What says nothing of the language, by what a line must hold for it to occur. None spans lines.
-ADDRESSES = r"[a-z][a-z0-9+.-]{1,12}://\S+|www\.\S+"
-MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.[\w.-]+"
-MARKUP = r"&\w{1,8};|</?\w[^<>\n]{0,200}>"
-NUMBERS = r"\b\w*[_\d]\w*"
-SIGNS = r"[\d#*/\\|<>=+~^`{}\[\]()_$%&@\"“”«»•·–—-]+"
-NUMERIC = re.compile(r"[_\d]")
 LETTERS = re.compile(r"[^\W\d_]+")
 LATIN = re.compile(r"[A-Za-z\u00aa-\u02af\u1e00-\u1eff\u0300-\u036f'’ .,;:!?\n]+")
 # Scripts of one language that matters, or of one that leads by far.
@@ -201,7 +195,7 @@ def _segments(text: str, config: LanguageConfig) -> list[str]:
         text = "\n".join(
             text[int(i * step) : int(i * step) + piece] for i in range(config.segments)
         )
-    lines = list(map(_cleaned, text.encode("utf-8", "replace").decode().split("\n")))
+    lines = list(map(without_noise, text.encode("utf-8", "replace").decode().split("\n")))
     characters = sum(map(len, lines)) + len(lines) - 1
     length = min(config.segment, max(characters // 8, config.segment // 3))
     parts: list[str] = []
@@ -223,21 +217,6 @@ def _segments(text: str, config: LanguageConfig) -> list[str]:
     if count <= config.segments:
         return parts
     return [parts[i * count // config.segments] for i in range(config.segments)]
-
-
-def _cleaned(line: str) -> str:
-    """The line with spaces for addresses, markup, numbers and signs."""
-    addresses = "://" in line or "www." in line.lower()
-    markup = "&" in line or "<" in line
-    return _noise(addresses, "@" in line, markup, bool(NUMERIC.search(line))).sub(" ", line)
-
-
-@functools.cache
-def _noise(addresses: bool, mail: bool, markup: bool, numbers: bool) -> re.Pattern[str]:
-    """An expression of only what can occur: mail alone costs more than all else on a long word."""
-    given = ((addresses, ADDRESSES), (mail, MAIL), (markup, MARKUP), (numbers, NUMBERS))
-    parts = [pattern for there, pattern in given if there]
-    return re.compile("|".join([*parts, SIGNS]), re.IGNORECASE)
 
 
 def _pieces(line: str, size: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from qwen2.pipeline.report import STYLE
 from qwen2.pipeline.stages import Run
 
 SUMMARY, PAGE = "summary.json", "report.html"
+MOST_ROWS = 14  # of a table that is not folded
 MORE_STYLE = """
+body{max-width:66rem}
 details{margin:.3rem 0}summary{cursor:pointer}mark{background:#ffd54a;color:#222}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(22rem,1fr));gap:.6rem}
 .charts figure{margin:0}.charts figcaption{color:var(--soft);font-size:.85rem}
@@ -67,11 +69,12 @@ def terminal_summary(run: Run[CorpusRecipe]) -> str:
 
 def page(layout: Layout, summary: Figures) -> str:
     """The page."""
+    sources, kinds = by_source(summary["fates"]), by_kind(summary["fates"])
     body = [
         *_tiles(summary),
-        *_flow("source", by_source(summary["fates"])),
+        *_flow("source", sources),
         *_flow("language", by_language(summary["fates"])),
-        *_flow("kind", by_kind(summary["fates"])),
+        *(_flow("kind", kinds) if set(kinds) != set(sources) else ()),
         *_reasons(layout, summary["reasons"]),
         *_histograms(layout, summary["histograms"]),
         *_labels(summary["labels"]),
@@ -156,7 +159,8 @@ def _flow(name: str, counts: Counts) -> list[str]:
     """Megabytes by fate, as bars and as a table."""
     order = sorted(counts, key=lambda key: -sum(b for _, b in counts[key].values()))
     bars = {
-        key: {fate: counts[key].get(fate, [0, 0])[1] / 1e6 for fate in FATES} for key in order[:14]
+        key: {fate: counts[key].get(fate, [0, 0])[1] / 1e6 for fate in FATES}
+        for key in order[:MOST_ROWS]
     }
     rows = []
     for key in order:
@@ -318,12 +322,19 @@ def _how(layout: Layout) -> list[str]:
     ]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; what does not fit a screen is folded away."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
+
+    def table(some: Sequence[Sequence[str]]) -> str:
+        cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in some)
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
+
+    if len(rows) <= MOST_ROWS:
+        return table(rows)
+    more = f"<details><summary>{len(rows) - MOST_ROWS} more</summary>{table(rows[MOST_ROWS:])}"
+    return f"{table(rows[:MOST_ROWS])}{more}</details>"
 
 
 def _mb(size: float) -> str:
