@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen2.model import kernels, native
+from qwen2.model import operation as measured
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.operation import DEVICES, Kernel, Operation
@@ -161,6 +162,24 @@ def test_what_is_never_used_is_measured_all_the_same() -> None:
     assert calls[:2] == ["packed 7", "plain"]
     operation.learn("cpu", {"packed": 1.0, "cannot": None, "plain": 9.0})
     assert operation.order["cpu"] == ["plain"]
+
+
+def test_what_is_slow_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds for one call, where a processor lacks the instructions: the clock is the test's."""
+    now, calls = [0.0], list[str]()
+
+    def after(name: str, seconds: float) -> Any:
+        def run(_: torch.Tensor) -> None:
+            calls.append(name)
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: now[0])
+    operation = operation_of([], slow=Kernel(after("slow", 3.0)), fast=Kernel(after("fast", 0.01)))
+    times = operation.measure(CPU)
+    assert (calls.count("slow"), calls.count("fast")) == (2, measured.ROUNDS)
+    assert (times["slow"], times["fast"]) == (3e6, 1e4)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"other": 1}', "{"])

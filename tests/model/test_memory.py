@@ -12,9 +12,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from qwen2.model import native
 from qwen2.model.config import Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2
-from qwen2.model.hub import load_config, save
+from qwen2.model.hub import load_config, load_model, save
+from qwen2.model.quantise import quantise_model
 from qwen2.tokenizer import Tokenizer
 
 pytestmark = [
@@ -97,6 +99,50 @@ def test_weights_for_inference_are_in_memory_once(folder: Path) -> None:
     """Those that are joined are not mapped besides."""
     peak = peaks(folder / "small", folder / "middling", "bf16", inference=True)
     assert 0.9 < peak["touched"] < 1.15
+
+
+DECODING = """
+import pathlib, re, sys, torch
+from qwen2.model.cache import KVStore
+from qwen2.model.decode_step import DecodeStep
+from qwen2.model.hub import load_model
+
+model = load_model(sys.argv[1], inference=True)
+step = DecodeStep(model, KVStore(model.config, 32, model.dtype, model.device), 16)
+step([5, 7000], [0, 1], [2], [[0]], [1])
+resident, of_file = 0, False
+for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+    if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+        of_file = line.endswith(".safetensors")
+    elif of_file and line.startswith("Rss:"):
+        resident += 1024 * int(line.split()[1])
+print(resident)
+"""
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no native kernels here")
+def test_an_embedding_stays_in_its_file(
+    tmp_path: Path, folder: Path, middling: ModelConfig
+) -> None:
+    """Decoding reads the rows of its tokens alone, in int8 too."""
+    path = tmp_path / "int8"
+    save(
+        quantise_model(load_model(folder / "middling"), "int8"),
+        Tokenizer.load(folder / "middling"),
+        path,
+    )
+    command = [sys.executable, "-c", DECODING, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    embedding = middling.vocab_size * middling.hidden_size
+    # What is joined is copied out of the file. The rest is read, the head among it.
+    joined = sum(
+        parameter.nbytes
+        for name, parameter in load_model(path).named_parameters()
+        if any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    )
+    read = (path / "model.safetensors").stat().st_size - joined - embedding
+    # With each page that is read the kernel maps the 64 kB around it.
+    assert 0.95 * read < int(done.stdout) < read + 0.7 * embedding
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -366,6 +368,16 @@ def test_quantised_while_it_is_read(
     state = read.state_dict()
     assert list(state) == list(true)
     assert all(torch.equal(state[name], true[name]) for name in true)
+
+
+def test_nothing_but_what_it_needs_is_imported() -> None:
+    """Arrow alone would be 40 MB; who rounds without a text needs nothing of the corpus."""
+    code = (
+        "import sys, qwen2.inference, qwen2.model.quantise; "
+        "print({'pyarrow', 'sympy', 'torch._dynamo', 'qwen2.corpus'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_quantised_folder_asked_for_in_its_own_method(

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen2.corpus.collect import Tally, collect_local, this_machine
-from qwen2.corpus.documents import Document
 from qwen2.model.attention import PackedAttention, scheme_of
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Layer
@@ -30,6 +29,9 @@ from qwen2.model.rounding import compensate_int4, inverse_factor
 from qwen2.model.stored import StoredTensor
 from qwen2.model.weights import read
 from qwen2.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwen2.corpus.documents import Document
 
 Calibration = Sequence[Sequence[int]]
 """Windows of token ids, each a text by itself."""
@@ -44,6 +46,9 @@ KINDS = ("code", "docstrings", "reference", "prose", "multilingual")
 
 def calibration_documents(windows: int = WINDOWS) -> list[Document]:
     """Text of this machine (see corpus/collect.py), as many documents of each kind."""
+    # Only here: Arrow's libraries alone are 40 MB, which who quantises without text need not hold.
+    from qwen2.corpus.collect import Tally, collect_local, this_machine
+
     share = -(-windows // len(KINDS))
     documents: list[Document] = []
     for kind in KINDS:

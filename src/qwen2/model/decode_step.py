@@ -87,7 +87,8 @@ class DecodeStep:
         self._head: Weight = self._kept[-1]
         embedding = head
         if not config.tie_word_embeddings:
-            embedding = self._weight((*model.model.embed_tokens.parameters(), None))
+            parts = (*model.model.embed_tokens.parameters(), None)
+            embedding = self._weight(parts, embedding=True)
         self._model = _Model(
             config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
             config.num_key_value_heads, config.head_dim, config.intermediate_size,
@@ -141,12 +142,12 @@ class DecodeStep:
         place: int = self._kept[-1].data_ptr()
         return place
 
-    def _weight(self, parts: tuple[Tensor | None, ...]) -> Matrix:
+    def _weight(self, parts: tuple[Tensor | None, ...], embedding: bool = False) -> Matrix:
         """Of the parts of a layer, or of layers that are joined: weight, its scales, bias."""
         weight, *others, bias = parts
         scale, minimum = [*others, None, None][:2]
         assert weight is not None
-        self._kept.append(Weight(weight, scale, minimum, bias))
+        self._kept.append(Weight(weight, scale, minimum, bias, embedding=embedding))
         matrix: Matrix = self._kept[-1].matrix
         return matrix
 

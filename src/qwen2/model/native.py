@@ -204,7 +204,11 @@ def product(x: Tensor, weight: Weight) -> Tensor:
 
 
 class Weight:
-    """A weight as the kernels take it, and the tensors that it points into."""
+    """A weight as the kernels take it, and the tensors that it points into.
+
+    Of an `embedding` rows are looked up and no product is taken: nothing of it is read here, so
+    that all but the rows that come stay in their file.
+    """
 
     def __init__(
         self,
@@ -212,13 +216,15 @@ class Weight:
         scale: Tensor | None = None,
         minimum: Tensor | None = None,
         bias: Tensor | None = None,
+        *,
+        embedding: bool = False,
     ) -> None:
         format_ = BF16 if scale is None else INT8 if minimum is None else INT4
         n, k = len(weight), weight.shape[1] * (2 if format_ == INT4 else 1)
         assert not n % TILE, n
         assert not k % CHUNK, k
         sums = None
-        if format_ == INT8:
+        if format_ == INT8 and not embedding:
             sums = torch.empty(n, dtype=torch.int32)
             call("sum_rows", _at(weight), n, k, _at(sums))
         wide = None if bias is None else bias.detach().float()
