@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from qwen2.pipeline.corpus import CorpusRecipe, Layout, run_corpus
+from qwen2.pipeline.workers import open_workers
+
 WORDS = [
     "the",
     "of",
@@ -140,4 +143,21 @@ def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "held_out": 0.1,
         "part_megabytes": 0.04,
         **changes,
+    }
+
+
+def run(sources: Path, out: Path, count: int = 1, **changes: Any) -> Layout:
+    """Run the recipe of `sources`, with changes, in `out`."""
+    recipe = CorpusRecipe.parse(recipe_values(sources, **changes))
+    with open_workers(count) as workers:
+        run_corpus(recipe, out, workers)
+    return Layout(out, recipe)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The bytes of all files but those that tell times and whole recipes."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.parent.name != "stages" and path.name != "recipe.yaml"
     }
