@@ -101,7 +101,7 @@ def write_sources(folder: Path, documents: int = 120) -> None:
     web[5] = {"text": web[4]["text"]}  # exact
     web[7] = {"text": web[6]["text"] + " And a word more."}  # near
     web[9]["text"] += "\n\n" + QUESTION + "\n\n" + prose(rng, 1)
-    web[11]["text"] = "Buy now! " * 200  # repetition
+    web[11]["text"] = "Buy now! <script>alert(1)</script> " * 90  # repetition
     web[13]["text"] = "\n\n".join([GERMAN] * 1 + [GERMAN.replace("Hamburg", "Bremen")])
     for i in (15, 16, 17):
         web[i]["text"] += "\n\n" + NOTICE

@@ -49,7 +49,7 @@ def test_everything_planted_is_found(layout: Layout) -> None:
     assert len({6, 7} & web) == 1
     assert 7 in web  # the longer one
     assert 9 not in web  # contaminated
-    assert "gopher_top_2_gram" in reasons[11]
+    assert "gopher_top_3_gram" in reasons[11]
     assert reasons[13][0] == "language"
     assert 30 not in web  # stands in books, which go before
     notices = [d for d in there.values() if small.NOTICE in d.text]
