@@ -146,9 +146,9 @@ def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def run(sources: Path, out: Path, count: int = 1, **changes: Any) -> Layout:
-    """Run the recipe of `sources`, with changes, in `out`."""
-    recipe = CorpusRecipe.parse(recipe_values(sources, **changes))
+def run(folder: Path, out: Path, count: int = 1, **changes: Any) -> Layout:
+    """Run the recipe of the sources in `folder`, with changes, in `out`."""
+    recipe = CorpusRecipe.parse(recipe_values(folder, **changes))
     with open_workers(count) as workers:
         run_corpus(recipe, out, workers)
     return Layout(out, recipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +18,7 @@ from qwen2.corpus import Document, read_documents
 from qwen2.pipeline.corpus import CorpusRecipe, run_corpus
 from qwen2.pipeline.corpus.judge import read_table
 from qwen2.pipeline.corpus.layout import Layout
+from qwen2.pipeline.corpus.why import life_of
 from qwen2.pipeline.workers import open_workers
 
 HERE = Path(__file__).parent
@@ -148,3 +151,23 @@ def test_sources_that_changed_are_refused(sources: Path, tmp_path: Path) -> None
         ).unlink()
         with pytest.raises(UserError, match="other files than when this run began"):
             run_corpus(recipe, tmp_path / "out", workers)
+
+
+def test_an_older_run_counts_as_known(sources: Path, layout: Layout, tmp_path: Path) -> None:
+    """Whatever it looked at goes from a new source, near duplicates too; and its paragraphs."""
+    rng = random.Random(11)
+    old = json.loads((sources / "web.jsonl").read_text().splitlines()[40])["text"]
+    rows = [small.prose(rng), old + " And a word more.", small.prose(rng) + "\n\n" + small.NOTICE]
+    new = tmp_path / "new.jsonl"
+    new.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    values = small.recipe_values(sources)
+    source = values["sources"][1] | {"name": "new", "paths": [str(new)]}
+    duplicates = {"paragraphs": {}, "older": [str(layout.folder)]}
+    found = small.run(
+        sources, tmp_path / "out", sources=[source], duplicates=duplicates, tokens=None
+    )
+    there = kept(found)
+    assert sorted(map(number, there)) == [0, 2]
+    assert not any(small.NOTICE in document.text for document in there.values())
+    life = dict(life_of(found, "new/new.jsonl#2").steps)["duplicates"]
+    assert life.startswith("goes, for web/web.jsonl#41 stays")
