@@ -84,7 +84,7 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
     """
     count = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for batch in _batches(documents):
+        for batch in in_batches(documents, ROW_GROUP_BYTES):
             writer.write_table(table_of(batch))
             count += len(batch)
     return count
@@ -110,14 +110,17 @@ def read_documents(path: Path, batch: int = 256) -> Iterator[Document]:
         raise UserError(f"{path}: not a readable Parquet file: {one_line(error)}") from None
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def in_batches(
+    documents: Iterable[Document], size: int, most: int = ROW_GROUP_DOCUMENTS
+) -> Iterator[list[Document]]:
+    """Batches of about `size` bytes, and of at most `most` documents; none is empty."""
     batch: list[Document] = []
-    size = 0
+    held = 0
     for document in documents:
         batch.append(document)
-        size += document.size
-        if size >= ROW_GROUP_BYTES or len(batch) == ROW_GROUP_DOCUMENTS:
+        held += document.size
+        if held >= size or len(batch) == most:
             yield batch
-            batch, size = [], 0
+            batch, held = [], 0
     if batch:
         yield batch

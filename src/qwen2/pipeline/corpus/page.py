@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
+from qwen2.common.html import html_page
 from qwen2.common.plot import histogram_chart, stacked_bars
 from qwen2.corpus.filters.rules import Rule
 from qwen2.pipeline.corpus import examples
@@ -21,12 +22,11 @@ from qwen2.pipeline.corpus.recipe import CorpusRecipe
 from qwen2.pipeline.corpus.why import FATES as SAID
 from qwen2.pipeline.mixture.page import JSON as MIXTURE
 from qwen2.pipeline.mixture.page import sections as mixture_sections
-from qwen2.pipeline.report import STYLE
 from qwen2.pipeline.stages import Run
 
 SUMMARY, PAGE = "summary.json", "report.html"
 MOST_ROWS = 14  # of a table that is not folded
-MORE_STYLE = """
+STYLE = """
 body{max-width:66rem}
 details{margin:.3rem 0}summary{cursor:pointer}mark{background:#ffd54a;color:#222}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(22rem,1fr));gap:.6rem}
@@ -86,11 +86,7 @@ def page(layout: Layout, summary: Figures) -> str:
         *_mixture(layout),
         *_how(layout),
     ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Corpus</title><style>{STYLE}{MORE_STYLE}</style><body>{''.join(body)}</body></html>"
-    )
+    return html_page("Corpus", body, STYLE)
 
 
 def total_by_fate(counts: Figures) -> dict[str, list[int]]:
