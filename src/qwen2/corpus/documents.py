@@ -70,11 +70,15 @@ class Document:
 def table_of(documents: Sequence[Document]) -> pa.Table:
     """Documents as a table of `SCHEMA`."""
     columns = [[getattr(d, name) for d in documents] for name in SCHEMA.names[:-1]]
-    columns.append(
-        [json.dumps(d.metadata, ensure_ascii=False) if d.metadata else None for d in documents]
-    )
+    columns.append([_as_json(d.metadata) if d.metadata else None for d in documents])
     arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    """Lone surrogates, which UTF-8 can't hold, are spelt as JSON spells them: \\ud800."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> int:

@@ -12,10 +12,8 @@ from typing import Any
 from qwen2.common.files import durable_write
 from qwen2.common.html import html_page
 from qwen2.common.plot import histogram_chart, stacked_bars
-from qwen2.corpus.filters.rules import Rule
 from qwen2.pipeline.corpus import examples
-from qwen2.pipeline.corpus.fates import FATES
-from qwen2.pipeline.corpus.judge import rules_of
+from qwen2.pipeline.corpus.fates import FATES, axes
 from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
 from qwen2.pipeline.corpus.recipe import CorpusRecipe
@@ -201,9 +199,7 @@ def _reasons(layout: Layout, reasons: Figures) -> list[str]:
 
 
 def _histograms(layout: Layout, histograms: Figures) -> list[str]:
-    rules: dict[str, Rule] = {}
-    for source in layout.recipe.sources:
-        rules |= {rule.statistic: rule for rule in rules_of(layout.recipe, source.name)}
+    rules = axes(layout.recipe)
     charts = []
     for name, of in histograms.items():
         marks = [m for m in (rules[name].least, rules[name].greatest) if m is not None]
@@ -214,7 +210,7 @@ def _histograms(layout: Layout, histograms: Figures) -> list[str]:
     return [
         "<h2>Measures and thresholds</h2>",
         "<p class=quiet>Documents that all rules together keep and drop; dashed: the rule's limit "
-        "(languages may have others). What lies beyond the axis counts at its end.</p>",
+        "(languages and sources may have others). What lies beyond the axis counts at its end.</p>",
         f"<div class=charts>{''.join(charts)}</div>",
     ]
 
@@ -269,7 +265,7 @@ def _samples(layout: Layout) -> list[str]:
     parts = [
         f"<details><summary>{SAID[fate]}</summary>"
         + "".join(
-            f"<p class=quiet>{escape(row['id'])}, {row['language']}</p>"
+            f"<p class=quiet>{escape(row['id'])}, {escape(row['language'] or 'no language')}</p>"
             f"<pre>{escape(row['text'])}</pre>"
             for row in rows
         )
