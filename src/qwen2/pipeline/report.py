@@ -9,29 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
+from qwen2.common.html import html_page
 from qwen2.common.plot import bar_chart, line_chart
 from qwen2.evaluate.positions import PositionNats, octaves, position_chart
 
 Results = Mapping[str, Mapping[str, Any]]
-
-STYLE = """
-:root{--ink:#22262e;--paper:#fff;--soft:#667;--line:#dde;--box:#f6f7fa;color-scheme:light dark}
-@media(prefers-color-scheme:dark){
-:root{--ink:#e4e6ea;--paper:#16181d;--soft:#99a;--line:#333844;--box:#1e2129}}
-body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:52rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
-p.sub{color:var(--soft);margin-top:0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child{text-align:left}td.best{font-weight:650}
-pre{background:var(--box);padding:.7rem .9rem;border-radius:.4rem;white-space:pre-wrap;
-overflow-wrap:anywhere;font-size:.85rem}pre b{color:#3f6fd8}
-svg{width:100%;height:auto}code{background:var(--box);padding:.1rem .3rem;border-radius:.2rem}
-.tiles{display:flex;flex-wrap:wrap;gap:.8rem}
-.tile{background:var(--box);border-radius:.5rem;padding:.6rem 1rem;flex:1 1 8rem}
-.tile b{display:block;font-size:1.35rem}.tile span{color:var(--soft);font-size:.85rem}
-"""
 
 
 def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
@@ -48,12 +30,7 @@ def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> N
         *_stages(results),
         *_next(results),
     ]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>qwen2 quickstart</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
-    )
-    durable_write(folder / "report.html", page.encode())
+    durable_write(folder / "report.html", html_page("qwen2 quickstart", body).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
