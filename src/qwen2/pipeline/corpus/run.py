@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen2.common.files import remove_leftovers
 from qwen2.common.progress import Progress
-from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare, score, tokens
+from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare, score
 from qwen2.pipeline.corpus.contamination import search_part
 from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
@@ -97,6 +97,8 @@ def _keep(layout: Layout, workers: Workers) -> Figures:
 
 
 def _tokenize(layout: Layout, workers: Workers) -> Figures:
+    from qwen2.pipeline.corpus import tokens  # brings torch, which other stages do without
+
     tokens.save_tokenizer(layout)
     paths = {part: [tokens.shard_path(layout, s, part) for s in SIDES] for part in layout.parts}
     todo = [part for part, of in paths.items() if not all(map(tokens.is_shard, of))]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
+from qwen2.common.page import STYLE
 from qwen2.common.plot import bar_chart, scatter_chart, standalone
-from qwen2.pipeline.report import STYLE
 
 JSON, PAGE, CHART = "mixture.json", "mixture.html", "predicted.svg"
 

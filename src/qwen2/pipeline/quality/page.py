@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.common.files import durable_write
+from qwen2.common.page import STYLE
 from qwen2.common.plot import line_chart
 from qwen2.corpus.quality.config import BITS, HEAD, PERPLEXITY, QUALITY
 from qwen2.corpus.quality.labels import GOOD, Example
 from qwen2.corpus.quality.measure import ALL
 from qwen2.pipeline.quality.examples import targets_of
 from qwen2.pipeline.quality.results import KEPT, Scores
-from qwen2.pipeline.report import STYLE
 
 PAGE = "quality.html"
 BINS = 50
