@@ -259,10 +259,12 @@ def _quarantine(layout: Layout, quarantine: Figures) -> list[str]:
 
 def _mixture(layout: Layout) -> list[str]:
     """The search for a mixture, when it was made in `mixture/` of the run's folder."""
-    # Only here: its package brings torch, which the workers of a corpus do without.
-    from qwen2.pipeline.mixture.page import JSON, sections
+    folder = layout.folder / "mixture"
+    if not folder.is_dir():
+        return []
+    from qwen2.pipeline.mixture.page import JSON, sections  # brings torch; most runs have none
 
-    path = layout.folder / "mixture" / JSON
+    path = folder / JSON
     if not path.exists():
         return []
     return ["<h1>Which mixture to train on</h1>", *sections(json.loads(path.read_text()))]
