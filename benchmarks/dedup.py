@@ -23,10 +23,10 @@ from typing import Any
 
 from harness import finish, options, ratios, spread
 from peers.processes import Absent, Child, closing
-from qwen2.corpus import Document, collect_local, read_documents, this_machine, write_documents
-from qwen2.corpus.collect import Tally
+from qwen2.corpus import Document, local_documents, read_documents, write_documents
 from qwen2.corpus.minhash import MinHash
 from qwen2.corpus.near_duplicates import dropped_rows, find_duplicates, without
+from qwen2.corpus.readers import Limit
 from qwen2.corpus.sketches import write_sketches
 
 KINDS = ("code", "docstrings", "reference", "prose", "multilingual")
@@ -55,8 +55,9 @@ def main() -> None:
 
 def texts(size: int) -> Iterator[Document]:
     """Real documents, and after every fourth a copy with 3 % of its words changed."""
-    caps = dict.fromkeys(KINDS, size // len(KINDS))
-    for i, document in enumerate(collect_local(this_machine(), caps, Tally())):
+    limit = Limit(megabytes=size / len(KINDS) / 1e6)
+    found = (thing for kind in KINDS for thing in limit.within(local_documents(kind)))
+    for i, document in enumerate(thing for thing in found if isinstance(thing, Document)):
         yield document
         if i % 4 == 0:
             yield changed(document, 0.03, i)

@@ -24,9 +24,10 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import SGDClassifier
 
 from harness import alternate, finish, options, ratios, spread
-from qwen2.corpus import Tally, collect_local, this_machine
+from qwen2.corpus import Document, local_documents
 from qwen2.corpus.quality.linear import Linear, LinearConfig
 from qwen2.corpus.quality.measure import area
+from qwen2.corpus.readers import Limit
 
 LONGEST = 20_000  # characters of a text
 
@@ -71,8 +72,9 @@ def read(path: Path | None, most: float) -> list[str]:
     """Texts of `most` bytes in all."""
     if path is None:
         kinds = ("docstrings", "reference", "prose", "multilingual")
-        found = collect_local(this_machine(), dict.fromkeys(kinds, int(most / 3)), Tally())
-        texts = (document.text for document in found)
+        limit = Limit(megabytes=most / 3e6)
+        found = (thing for kind in kinds for thing in limit.within(local_documents(kind)))
+        texts = (thing.text for thing in found if isinstance(thing, Document))
     else:
         with path.open() as file:
             texts = iter([json.loads(line)["text"] for line in islice(file, 200_000)])

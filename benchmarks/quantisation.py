@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 from harness import finish, options
 from qwen2.common.progress import say
-from qwen2.corpus.collect import SOURCES, this_machine
 from qwen2.corpus.documents import Document
+from qwen2.corpus.machine import SOURCES, local_documents
 from qwen2.corpus.split import split_key
 from qwen2.evaluate.score import LOGIT_ROWS
 from qwen2.model.calibrate import calibration_documents, calibration_windows
@@ -120,8 +120,8 @@ def held_out(tokenizer: Tokenizer, count: int) -> list[Window]:
     """Windows of `count` documents of each kind, none of them calibrated on."""
     seen = {split_key(document) for document in calibration_documents()}
     windows = []
-    for kind, source in SOURCES.items():
-        for number, document in enumerate(long_documents(source(this_machine()), seen)):
+    for kind in SOURCES:
+        for number, document in enumerate(long_documents(local_documents(kind), seen)):
             if number == count:
                 break
             ids = [tokenizer.end_of_text_id, *tokenizer.encode(document.text)][:WINDOW]
@@ -130,10 +130,10 @@ def held_out(tokenizer: Tokenizer, count: int) -> list[Window]:
     return windows
 
 
-def long_documents(found: Iterator[Any], seen: set[str]) -> Iterator[Document]:
+def long_documents(found: Iterator[Document], seen: set[str]) -> Iterator[Document]:
     """Documents of several windows, not of the groups `seen`."""
     for document in found:
-        if isinstance(document, Document) and document.size > 8 * WINDOW:
+        if document.size > 8 * WINDOW:
             key = split_key(document)
             if key not in seen:
                 yield document

@@ -87,6 +87,10 @@ def test_the_dense_model_is_upcycled_and_trained(run: QuickRun) -> None:
     assert list(result["bits_per_byte"]) == ["dense", "upcycled", "trained further"]
 
 
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 class Page(html.parser.HTMLParser):
     """What a page fetches or runs."""
 
@@ -101,13 +105,16 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_report_is_one_page_without_scripts_or_resources(run: QuickRun) -> None:
+    """It names one file, the page of the corpus beside it, and only for a click to go there."""
     text = (run.folder / "report.html").read_text()
     page = Page()
     page.feed(text)
     assert "script" not in page.tags
     assert "link" not in page.tags
-    assert not page.resources
-    assert page.tags.count("svg") == 6
+    assert page.resources == ["corpus/report.html"]
+    assert page.tags.count("a") == 1
+    assert "<h1>What became of the text</h1>" in (run.folder / page.resources[0]).read_text()
+    assert page.tags.count("svg") == 7
     assert "url(" not in text
     assert "xz -9" in text
 
@@ -124,8 +131,9 @@ def test_markup_in_the_model_s_words_is_shown_not_run(run: QuickRun, tmp_path: P
 
 def test_the_terminal_gets_one_screenful(run: QuickRun) -> None:
     lines = terminal_summary(run).splitlines()
-    assert len(lines) <= 26
+    assert len(lines) <= 28
     assert any("zstd -19" in line for line in lines)
+    assert any(line.endswith("corpus/report.html") for line in lines)
 
 
 @torch.no_grad()
@@ -142,10 +150,10 @@ def test_transformers_loads_the_export_with_equal_logits(run: QuickRun) -> None:
 
 
 def test_a_second_start_does_nothing_again(run: QuickRun) -> None:
-    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
+    before = times(run.folder)
     again = run_stages(STAGES, run.folder, recipe())
     assert again.results == run.results
-    assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*") if p.is_file()}
+    assert before == times(run.folder)
 
 
 def test_too_little_time_is_said_before_training(tmp_path: Path) -> None:
@@ -191,9 +199,9 @@ def test_a_stage_killed_before_its_result_was_written_is_run_again(
     """Its folder is there already, and whole; what came before it stays."""
     folder = tmp_path / "run"
     run_stages(STAGES[:3], folder, recipe())
-    kept = (folder / "corpus" / "manifest.json").stat().st_mtime_ns
+    kept = times(folder / "corpus")
     (folder / "stages" / "tokenizer.json").unlink()
     (folder / "stages" / "shards.json").unlink()
     again = run_stages(STAGES[:3], folder, recipe())
     assert again.results["shards"]["tokens"] == run.results["shards"]["tokens"]
-    assert (folder / "corpus" / "manifest.json").stat().st_mtime_ns == kept
+    assert times(folder / "corpus") == kept

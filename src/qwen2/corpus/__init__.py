@@ -1,20 +1,9 @@
-"""From files to documents: collected, deduplicated, decontaminated, split."""
+"""From files to documents: read, deduplicated, decontaminated, split."""
 
-from qwen2.corpus.collect import (
-    HELD_OUT,
-    SUMMARY,
-    TRAIN,
-    LocalConfig,
-    Megabytes,
-    Places,
-    Tally,
-    build_corpus,
-    collect_local,
-    this_machine,
-)
 from qwen2.corpus.decontaminate import Decontaminator, EvalItem, Hit, LcsRule, NgramOverlap
 from qwen2.corpus.dedup import deduplicate, text_digest
 from qwen2.corpus.documents import Document, read_documents, write_documents
+from qwen2.corpus.machine import Places, local_documents, this_machine
 from qwen2.corpus.minhash import MinHash
 from qwen2.corpus.near_duplicates import dropped_rows, find_duplicates, without
 from qwen2.corpus.paragraphs import (
@@ -27,29 +16,22 @@ from qwen2.corpus.sketches import write_sketches
 from qwen2.corpus.split import HeldOut, choose_held_out, split_key
 
 __all__ = [
-    "HELD_OUT",
-    "SUMMARY",
-    "TRAIN",
     "Decontaminator",
     "Document",
     "EvalItem",
     "HeldOut",
     "Hit",
     "LcsRule",
-    "LocalConfig",
-    "Megabytes",
     "MinHash",
     "NgramOverlap",
     "ParagraphRule",
     "Places",
-    "Tally",
-    "build_corpus",
     "choose_held_out",
-    "collect_local",
     "deduplicate",
     "dropped_rows",
     "find_duplicates",
     "find_repeated",
+    "local_documents",
     "read_documents",
     "split_key",
     "text_digest",

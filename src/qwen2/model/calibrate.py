@@ -45,14 +45,14 @@ KINDS = ("code", "docstrings", "reference", "prose", "multilingual")
 
 
 def calibration_documents(windows: int = WINDOWS) -> list[Document]:
-    """Text of this machine (see corpus/collect.py), as many documents of each kind."""
+    """Text of this machine (see corpus/machine.py), as many documents of each kind."""
     # Only here: Arrow's libraries alone are 40 MB, which who quantises without text need not hold.
-    from qwen2.corpus.collect import Tally, collect_local, this_machine
+    from qwen2.corpus.machine import local_documents
 
     share = -(-windows // len(KINDS))
     documents: list[Document] = []
     for kind in KINDS:
-        found = collect_local(this_machine(), {kind: 4_000_000}, Tally())
+        found = local_documents(kind)
         long_enough = (document for document in found if document.size > 8 * WINDOW)
         documents += [document for document, _ in zip(long_enough, range(share), strict=False)]
     return documents

@@ -1,8 +1,12 @@
-"""The quickstart's report: one self-contained HTML page, without scripts or outside resources."""
+"""The quickstart's report: one HTML page without scripts or outside resources.
+
+It links to the corpus run's page in the folder beside it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,8 +16,13 @@ from qwen2.common.files import durable_write
 from qwen2.common.html import html_page
 from qwen2.common.plot import bar_chart, line_chart
 from qwen2.evaluate.positions import PositionNats, octaves, position_chart
+from qwen2.pipeline.corpus.flow import flow, megabytes, table
+from qwen2.pipeline.corpus.keep import SIDES
+from qwen2.pipeline.corpus.page import PAGE
 
 Results = Mapping[str, Mapping[str, Any]]
+
+CORPUS_PAGE = f"corpus/{PAGE}"  # beside this page
 
 
 def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> None:
@@ -189,33 +198,40 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _corpus(results: Results) -> list[str]:
+    collected, ratio = results["collect"], results["tokenizer"]["bytes_per_token"]
     tokens = results["shards"]["tokens_by_kind"]
-    ratio = results["tokenizer"]["bytes_per_token"]
     rows = []
-    for kind, figures in results["collect"]["kinds"].items():
-        if kind not in ratio:
-            continue
-        cells = (
-            f"{figures['train']['documents']:,}",
-            f"{figures['train']['bytes'] / 1e6:.2f}",
-            f"{figures['held_out']['bytes'] / 1e6:.2f}",
-            f"{figures['duplicates']:,}",
-            f"{tokens.get(kind, 0) / 1e6:.2f}",
-            f"{ratio[kind]:.2f}",
-        )
-        data = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f"<tr><td>{escape(kind)}</td>{data}</tr>")
+    for kind, of in collected["kinds"].items():
+        if kind in ratio:
+            (count, size), (_, held) = (of.get(side, (0, 0)) for side in SIDES)
+            cells = (f"{count:,}", megabytes(size), megabytes(held))
+            rows.append([kind, *cells, megabytes(tokens.get(kind, 0)), f"{ratio[kind]:.2f}"])
+    head = ["kind", "documents", "MB train", "MB held-out", "M tokens", "bytes per token"]
     return [
         "<h2>The text</h2>",
-        "<table><tr><th>kind</th><th>documents</th><th>MB train</th><th>MB held-out</th>"
-        "<th>duplicates removed</th><th>M tokens</th><th>bytes per token</th></tr>"
-        f"{''.join(rows)}</table>",
+        "<p>What was found on this machine, and what became of it before any training: "
+        f'<a href="{CORPUS_PAGE}">every decision, its reason and examples</a>.</p>',
+        *flow("source", collected["sources"]),
+        *_reasons(collected["reasons"]),
+        "<p>What was kept, and the vocabulary that was trained on it:</p>",
+        table(head, rows),
     ]
+
+
+def _reasons(reasons: Mapping[str, Mapping[str, Sequence[int]]]) -> list[str]:
+    """The rules that the most documents fail."""
+    sums: Counter[str] = Counter()
+    for of in reasons.values():
+        sums.update({rule: count for rule, (count, _) in of.items()})
+    if not sums:
+        return []
+    most = ", ".join(f"<code>{escape(r)}</code> {n:,}" for r, n in sums.most_common(5))
+    return [f"<p class=quiet>Rules that the most documents fail: {most}.</p>"]
 
 
 def _stages(results: Results) -> list[str]:
     places = {
-        "collect": "corpus/",
+        "collect": f"corpus/ (see {CORPUS_PAGE})",
         "tokenizer": "tokenizer/",
         "shards": "shards/",
         "pretrain": "pretrain/ (recipe, metrics, checkpoint)",

@@ -1,4 +1,4 @@
-"""The text that every machine with Python has, by `corpus.collect`: a corpus with no network."""
+"""The text that every machine with Python has, as a source: a corpus with no network."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from qwen2.corpus.collect import MAX_DOCUMENT, SOURCES, this_machine
-from qwen2.corpus.files import Found, Skipped
+from qwen2.corpus.files import MAX_BYTES, Found, Skipped
+from qwen2.corpus.machine import SOURCES, this_machine
 from qwen2.corpus.readers.base import Reader, Split
 from qwen2.corpus.readers.places import Place, printable
 
@@ -19,7 +19,7 @@ class MachineSource(Reader):
 
     format: Literal["machine"]
     kind: Literal["code", "docstrings", "reference", "prose", "multilingual"]
-    max_bytes: int = Field(default=MAX_DOCUMENT, gt=0)
+    max_bytes: int = Field(default=MAX_BYTES, gt=0)
 
     def splits(self) -> list[Split]:
         return [Split(source=self.name, number=0, files=(Place(self.kind, self.kind, 0),))]

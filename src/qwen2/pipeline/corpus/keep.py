@@ -1,4 +1,4 @@
-"""Stages `kept` and `tokens`: the documents that stay, parted, and their token ids."""
+"""Stage `kept`: the documents that stay, to train on and held out apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qwen2.common.files import durable_folder, durable_write
-from qwen2.corpus.documents import Document, table_of
+from qwen2.corpus.documents import Document, read_documents, table_of
 from qwen2.corpus.paragraphs import without_repeated
 from qwen2.corpus.split import HeldOut, choose_held_out, key_of
 from qwen2.pipeline.corpus.duplicates import chosen_rows, read_rows, unique_rows
@@ -59,6 +59,16 @@ def keep_part(layout: Layout, part: str) -> dict[str, int]:
             pq.write_table(table, partial / f"{side}.parquet", compression="zstd")
         (partial / REMAINDER).write_text(json.dumps(short, ensure_ascii=False))
     return dict(counts)
+
+
+def kept_documents(layout: Layout, side: str) -> Iterator[Document]:
+    """Stream the documents of a side, in the order of the sources.
+
+    Raises:
+        UserError: the stage `kept` is not finished.
+    """
+    for part in layout.parts:
+        yield from read_documents(layout.place("kept") / part / f"{side}.parquet")
 
 
 def _with_rows(

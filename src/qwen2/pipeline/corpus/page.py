@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
 from qwen2.common.html import html_page
-from qwen2.common.plot import histogram_chart, stacked_bars
+from qwen2.common.plot import histogram_chart
 from qwen2.pipeline.corpus import examples
 from qwen2.pipeline.corpus.fates import FATES, axes
+from qwen2.pipeline.corpus.flow import (
+    by_kind,
+    by_language,
+    by_source,
+    flow,
+    megabytes,
+    share,
+    table,
+    total_by_fate,
+)
 from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
 from qwen2.pipeline.corpus.recipe import CorpusRecipe
 from qwen2.pipeline.corpus.why import FATES as SAID
-from qwen2.pipeline.mixture.page import JSON as MIXTURE
-from qwen2.pipeline.mixture.page import sections as mixture_sections
 from qwen2.pipeline.stages import Run
 
 SUMMARY, PAGE = "summary.json", "report.html"
-MOST_ROWS = 14  # of a table that is not folded
 STYLE = """
 body{max-width:66rem}
 details{margin:.3rem 0}summary{cursor:pointer}mark{background:#ffd54a;color:#222}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(22rem,1fr));gap:.6rem}
 .charts figure{margin:0}.charts figcaption{color:var(--soft);font-size:.85rem}
-.quiet{color:var(--soft);font-size:.85rem}.scroll{overflow-x:auto}
 """
 
 Figures = Mapping[str, Any]
-Counts = dict[str, dict[str, list[int]]]
 
 
 def write_report(layout: Layout, counts: Figures) -> dict[str, Any]:
@@ -56,10 +61,12 @@ def terminal_summary(run: Run[CorpusRecipe]) -> str:
     totals = report["totals"]
     documents = sum(n for n, _ in totals.values())
     size = sum(b for _, b in totals.values())
-    lines = [f"{documents:,} documents, {_mb(size)} MB read", ""]
+    lines = [f"{documents:,} documents, {megabytes(size)} MB read", ""]
     for fate in FATES:
         count, of = totals.get(fate, [0, 0])
-        lines.append(f"{fate:<14}{count:>10,}{_mb(of):>12} MB {_share(of, size):>7}  {SAID[fate]}")
+        lines.append(
+            f"{fate:<14}{count:>10,}{megabytes(of):>12} MB {share(of, size):>7}  {SAID[fate]}"
+        )
     for side, kinds in report["tokens"].items():
         lines.append(f"tokens, {side:<10}{sum(kinds.values()):>14,}")
     return "\n".join([*lines, "", f"report   {run.folder / PAGE}"])
@@ -70,9 +77,11 @@ def page(layout: Layout, summary: Figures) -> str:
     sources, kinds = by_source(summary["fates"]), by_kind(summary["fates"])
     body = [
         *_tiles(summary),
-        *_flow("source", sources),
-        *_flow("language", by_language(summary["fates"])),
-        *(_flow("kind", kinds) if set(kinds) != set(sources) else ()),
+        "<h2>By source</h2>",
+        *flow("source", sources),
+        "<h2>By language</h2>",
+        *flow("language", by_language(summary["fates"])),
+        *(("<h2>By kind</h2>", *flow("kind", kinds)) if set(kinds) != set(sources) else ()),
         *_reasons(layout, summary["reasons"]),
         *_histograms(layout, summary["histograms"]),
         *_labels(summary["labels"]),
@@ -85,38 +94,6 @@ def page(layout: Layout, summary: Figures) -> str:
         *_how(layout),
     ]
     return html_page("Corpus", body, STYLE)
-
-
-def total_by_fate(counts: Figures) -> dict[str, list[int]]:
-    """Fate -> [documents, bytes]."""
-    return _sum_up(counts["fates"], lambda source, kind, language: "all").get("all", {})
-
-
-def by_source(fates: Figures) -> Counts:
-    """Source -> fate -> [documents, bytes]."""
-    return _sum_up(fates, lambda source, kind, language: source)
-
-
-def by_language(fates: Figures) -> Counts:
-    """Language -> fate -> [documents, bytes]."""
-    return _sum_up(fates, lambda source, kind, language: language)
-
-
-def by_kind(fates: Figures) -> Counts:
-    """Kind -> fate -> [documents, bytes]."""
-    return _sum_up(fates, lambda source, kind, language: kind)
-
-
-def _sum_up(fates: Figures, name: Any) -> Counts:
-    found: Counts = {}
-    for source, kinds in fates.items():
-        for kind, languages in kinds.items():
-            for language, of in languages.items():
-                sums = found.setdefault(name(source, kind, language), {})
-                for fate, (documents, size) in of.items():
-                    before = sums.get(fate, [0, 0])
-                    sums[fate] = [before[0] + documents, before[1] + size]
-    return found
 
 
 def _tokens(layout: Layout) -> dict[str, Any]:
@@ -137,9 +114,9 @@ def _tiles(summary: Figures) -> list[str]:
     kept = [totals.get(side, [0, 0]) for side in ("train", "held_out")]
     tiles = {
         "documents read": f"{documents:,}",
-        "megabytes read": _mb(size),
+        "megabytes read": megabytes(size),
         "documents kept": f"{sum(n for n, _ in kept):,}",
-        "megabytes kept": _mb(sum(b for _, b in kept)),
+        "megabytes kept": megabytes(sum(b for _, b in kept)),
         "held out": f"{kept[1][0]:,}",
     }
     if summary["tokens"]:
@@ -147,29 +124,6 @@ def _tiles(summary: Figures) -> list[str]:
         tiles["tokens"] = f"{tokens / 1e6:,.2f}M"
     shown = "".join(f"<div class=tile><b>{v}</b><span>{k}</span></div>" for k, v in tiles.items())
     return ["<h1>What became of the text</h1>", f"<div class=tiles>{shown}</div>"]
-
-
-def _flow(name: str, counts: Counts) -> list[str]:
-    """Megabytes by fate, as bars and as a table."""
-    order = sorted(counts, key=lambda key: -sum(b for _, b in counts[key].values()))
-    bars = {
-        key: {fate: counts[key].get(fate, [0, 0])[1] / 1e6 for fate in FATES}
-        for key in order[:MOST_ROWS]
-    }
-    rows = []
-    for key in order:
-        of = counts[key]
-        documents, size = (sum(pair[i] for pair in of.values()) for i in (0, 1))
-        kept = sum(of.get(side, [0, 0])[1] for side in ("train", "held_out"))
-        shares = [_share(of.get(fate, [0, 0])[1], size) for fate in FATES[2:]]
-        rows.append([key, f"{documents:,}", _mb(size), *shares, _mb(kept), _share(kept, size)])
-    head = [name, "documents", "MB", *FATES[2:], "MB kept", "kept"]
-    return [
-        f"<h2>By {name}</h2>",
-        stacked_bars(bars, "megabytes"),
-        "<p class=quiet>" + "; ".join(f"{fate}: {SAID[fate]}" for fate in FATES) + ".</p>",
-        _table(head, rows),
-    ]
 
 
 def _reasons(layout: Layout, reasons: Figures) -> list[str]:
@@ -219,16 +173,16 @@ def _labels(labels: Figures) -> list[str]:
     if not labels:
         return []
     order = sorted(labels.items(), key=lambda item: -item[1][0])
-    rows = [[name, f"{n:,}", f"{wrong:,}", _share(wrong, n)] for name, (n, wrong) in order]
+    rows = [[name, f"{n:,}", f"{wrong:,}", share(wrong, n)] for name, (n, wrong) in order]
     return [
         "<h2>Labels of languages, checked</h2>",
-        _table(["label", "documents", "text says otherwise", "share"], rows),
+        table(["label", "documents", "text says otherwise", "share"], rows),
     ]
 
 
 def _edits(edits: Figures) -> list[str]:
     rows = [[name, f"{n:,}", f"{times:,}"] for name, (n, times) in sorted(edits.items())]
-    return ["<h2>Edits</h2>", _table(["what", "documents", "times"], rows)] if rows else []
+    return ["<h2>Edits</h2>", table(["what", "documents", "times"], rows)] if rows else []
 
 
 def _clusters(layout: Layout) -> list[str]:
@@ -290,18 +244,19 @@ def _quarantine(layout: Layout, quarantine: Figures) -> list[str]:
     )
     return [
         "<h2>Quarantine: what could not be read</h2>",
-        _table(["source", "reason", "things"], rows),
+        table(["source", "reason", "things"], rows),
         f"<details><summary>Some of it</summary>{blocks}</details>",
     ]
 
 
 def mixture_of(folder: Path) -> list[str]:
     """The search for a mixture, when it was made in `mixture/` of the run's `folder`."""
-    path = folder / "mixture" / MIXTURE
+    path = folder / "mixture" / "mixture.json"
     if not path.exists():
         return []
-    results = json.loads(path.read_text())
-    return ["<h1>Which mixture to train on</h1>", *mixture_sections(results)]
+    from qwen2.pipeline.mixture.page import sections  # brings torch; most runs have none
+
+    return ["<h1>Which mixture to train on</h1>", *sections(json.loads(path.read_text()))]
 
 
 def _how(layout: Layout) -> list[str]:
@@ -312,26 +267,3 @@ def _how(layout: Layout) -> list[str]:
         f"{escape(Path(layout.folder).name)}</code> tells the life of one document.</p>",
         f"<details><summary>The recipe</summary><pre>{escape(recipe)}</pre></details>",
     ]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; what does not fit a screen is folded away."""
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-
-    def table(some: Sequence[Sequence[str]]) -> str:
-        cells = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in some)
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
-
-    if len(rows) <= MOST_ROWS:
-        return table(rows)
-    more = f"<details><summary>{len(rows) - MOST_ROWS} more</summary>{table(rows[MOST_ROWS:])}"
-    return f"{table(rows[:MOST_ROWS])}{more}</details>"
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:,.2f}"
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "–"

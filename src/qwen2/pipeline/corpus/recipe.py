@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from qwen2.common.config import Config
+from qwen2.common.config import Config, read_values
+from qwen2.common.recipes import find_recipe
 from qwen2.corpus.decontaminate import LcsRule
 from qwen2.corpus.filters.rules import Rule, Rules
 from qwen2.corpus.filters.sets import FilterSet
@@ -124,3 +125,26 @@ class CorpusRecipe(Config):
                     f"there are {', '.join(self.filters)}"
                 )
         return self
+
+
+def _with_changes(values: Any) -> Any:
+    """`{recipe: NAME, megabytes: {SOURCE: LIMIT}, ...}` -> the values of that recipe, changed."""
+    if not isinstance(values, dict) or "recipe" not in values:
+        return values
+    changes = dict(values)
+    named = read_values(find_recipe(str(changes.pop("recipe"))))
+    limits = dict(changes.pop("megabytes", {}))
+    for source in named.get("sources", ()):
+        if (limit := limits.pop(source["name"], None)) is not None:
+            source["limit"] = {"megabytes": limit}
+    if limits:
+        known = ", ".join(source["name"] for source in named["sources"])
+        raise ValueError(
+            f"megabytes: no source is called {next(iter(limits))!r}; there are {known}"
+        )
+    return named | changes
+
+
+NamedCorpus = Annotated[CorpusRecipe, BeforeValidator(_with_changes)]
+"""The corpus inside another recipe: whole, or the name of one that is shipped or a file, with other
+limits of its sources and other values of its keys."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen2.common.files import remove_leftovers
 from qwen2.common.progress import Progress
-from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare, score, tokens
+from qwen2.pipeline.corpus import duplicates, fates, judge, keep, prepare, score
 from qwen2.pipeline.corpus.contamination import search_part
 from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
@@ -97,6 +97,8 @@ def _keep(layout: Layout, workers: Workers) -> Figures:
 
 
 def _tokenize(layout: Layout, workers: Workers) -> Figures:
+    from qwen2.pipeline.corpus import tokens  # brings torch, which other stages do without
+
     for folder in (layout.place("tokens"), *(layout.place("tokens") / side for side in SIDES)):
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)

@@ -1,6 +1,6 @@
-"""The text of an experiment: collected or given, as shards, and as shards of a small vocabulary.
+"""The text of an experiment, its own corpus or given: as shards, and as small-vocabulary shards.
 
-    corpus/ shards/ tokenizer/   where the text is collected here
+    corpus/                      the corpus run, when the text is made here
     small/train small/held-out   what proxies read: of each kind as much as one of them can use
     small/documents.npy          which documents of the full shards small/train has
 
@@ -20,19 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.common.errors import UserError
-from qwen2.common.files import sha256_of
 from qwen2.common.progress import Progress
-from qwen2.corpus import HELD_OUT, TRAIN, build_corpus, read_documents
+from qwen2.pipeline.corpus import run_corpus
 from qwen2.pipeline.mixture.recipe import GivenShards, ProxyExperiment
-from qwen2.pipeline.stages import Run
+from qwen2.pipeline.stages import Run, Stage
+from qwen2.pipeline.workers import open_workers
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.packing import lay_epoch
 from qwen2.tokens.remap import END_OF_TEXT, Remapping, most_used
 from qwen2.tokens.shards import Shards, write_shards
-from qwen2.tokens.tokenize import tokenize_documents
 
 E = TypeVar("E", bound=ProxyExperiment)
 
+CORPUS = "corpus"
 SMALL_TRAIN, SMALL_HELD_OUT = Path("small/train"), Path("small/held-out")
 
 
@@ -64,41 +64,23 @@ class Text:
         return dict(zip(self.kinds, values.tolist(), strict=True))
 
 
-def collect(run: Run[E]) -> dict[str, Any]:
-    """Real text of this machine, deduplicated, split by document."""
-    assert run.recipe.corpus is not None
-    return build_corpus(run.folder / "corpus", run.recipe.corpus)
+def corpus_stages(recipe: E, workers: int) -> list[Stage[E]]:
+    """The corpus run of an experiment that is not given shards; it resumes by itself."""
+    corpus = recipe.corpus
+    if corpus is None:
+        return []
 
+    def collect(run: Run[E]) -> dict[str, Any]:
+        with open_workers(workers) as pool:
+            return dict(run_corpus(corpus, run.folder / CORPUS, pool).results["report"])
 
-def shards(run: Run[E]) -> dict[str, Any]:
-    """The collected text in tokens of the published vocabulary."""
-    coder, here = Tokenizer.qwen2(), places(run)
-    here.tokenizer.mkdir(parents=True, exist_ok=True)
-    coder.save(here.tokenizer)
-    tokens = {}
-    for part, target in ((TRAIN, here.train), (HELD_OUT, here.held_out)):
-        index = write_shards(
-            target,
-            tokenize_documents(read_documents(run.folder / "corpus" / part), coder.encode_arrays),
-            vocab_size=coder.vocab_size,
-            end_of_text=coder.end_of_text_id,
-            tokenizer=sha256_of(here.tokenizer / "tokenizer.json"),
-        )
-        tokens[target.name] = index.tokens_by_kind
-    return {"tokens": tokens}
+    return [Stage("collect", "Make a corpus and its shards", collect)]
 
 
 def places(run: Run[E]) -> GivenShards:
     """Where shards and tokenizer lie, absolute: a recipe that names them runs from anywhere."""
-    given = run.recipe.shards
-    if given is not None:
-        return GivenShards(**{name: Path(path).resolve() for name, path in given})
-    folder = run.folder.resolve()
-    return GivenShards(
-        train=folder / "shards/train",
-        held_out=folder / "shards/held-out",
-        tokenizer=folder / "shards/tokenizer",
-    )
+    given = run.recipe.shards or GivenShards.parse({"run": run.folder / CORPUS})
+    return GivenShards(**{name: Path(path).resolve() for name, path in given})
 
 
 def small(run: Run[E]) -> dict[str, Any]:
@@ -109,11 +91,11 @@ def small(run: Run[E]) -> dict[str, Any]:
     """
     here, recipe = places(run), run.recipe
     train, held = Shards(here.train), Shards(here.held_out)
-    kinds = train.index.kinds
-    if absent := [kind for kind in kinds if kind not in held.index.kinds]:
+    kinds = [kind for kind, tokens in train.index.tokens_by_kind.items() if tokens]
+    if absent := [kind for kind in kinds if not held.index.tokens_by_kind.get(kind)]:
         raise UserError(f"{here.held_out}: holds no {absent[0]}; hold out some of every kind")
     coder = Tokenizer.load(here.tokenizer)
-    chosen = _sample(train, recipe.most_read, recipe.seed)
+    chosen = _sample(train, kinds, recipe.most_read, recipe.seed)
     with Progress("small vocabulary", 3) as progress:
         use = _use(train, chosen)
         progress.update(1)
@@ -147,13 +129,13 @@ Chosen = dict[str, NDArray[np.int64]]
 """Numbers of documents by kind, ascending."""
 
 
-def _sample(source: Shards, most: int, seed: int) -> Chosen:
+def _sample(source: Shards, wanted: list[str], most: int, seed: int) -> Chosen:
     """Of each kind documents drawn by `seed` until they have `most` tokens, or all."""
     order = lay_epoch(source.lengths, seed, 0).order
     kinds = source.kinds[order]
     chosen = {}
-    for index, kind in enumerate(source.index.kinds):
-        numbers = order[kinds == index]
+    for kind in wanted:
+        numbers = order[kinds == source.index.kinds.index(kind)]
         before = np.cumsum(source.lengths[numbers]) - source.lengths[numbers]
         chosen[kind] = np.sort(numbers[before < most])
     return chosen
@@ -211,11 +193,3 @@ def _bytes_per(
     numbers = np.concatenate(list(chosen.values()))
     size = sum(int(remapping.byte_lengths[source.document(i)].sum()) for i in numbers.tolist())
     return size / (tokens or int(source.lengths[numbers].sum()))
-
-
-def document_bytes(source: Shards, coder: Tokenizer) -> Iterator[bytes]:
-    """The text of each document of `source`."""
-    with Progress("score", len(source)) as progress:
-        for number in range(len(source)):
-            yield coder.decode_bytes(source.document(number)[:-1].tolist())
-            progress.update(number + 1)

@@ -1,6 +1,6 @@
 """The search for a mixture as a list of stages.
 
-collect, shards   text of this machine, unless shards are given
+collect           a corpus run, unless shards are given
 small             the same in a small vocabulary
 proxies           mixtures drawn around the natural one; a small model on each
 fit               a law from mixture to bits per byte; the best mixture by it
@@ -28,7 +28,7 @@ from qwen2.corpus.mixing_law import (
     spearman,
 )
 from qwen2.corpus.mixture import Bounds, draw_mixtures, flattened, natural, uniform
-from qwen2.pipeline.mixture.data import Text, collect, places, shards, small
+from qwen2.pipeline.mixture.data import Text, corpus_stages, places, small
 from qwen2.pipeline.mixture.page import write_results
 from qwen2.pipeline.mixture.proxies import Job, run_jobs
 from qwen2.pipeline.mixture.recipe import MixtureRecipe
@@ -42,12 +42,8 @@ FIRST_SEED = 1000  # of the validation's models, away from the proxies' one
 
 def mixture_stages(recipe: MixtureRecipe, workers: int) -> list[Stage[MixtureRecipe]]:
     """What a run of `recipe` does, with `workers` proxies at a time."""
-    collected: list[Stage[MixtureRecipe]] = [
-        Stage("collect", "Collect real text from this machine", collect, makes="corpus"),
-        Stage("shards", "Turn the text into shards of tokens", shards, makes="shards"),
-    ]
     return [
-        *(collected if recipe.shards is None else []),
+        *corpus_stages(recipe, workers),
         Stage("small", "Write it in a small vocabulary", small, makes="small"),
         Stage("proxies", "Train a proxy on each drawn mixture", lambda run: proxies(run, workers)),
         Stage("fit", "Fit a law and choose the best mixture", fit),

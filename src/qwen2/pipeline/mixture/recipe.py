@@ -10,19 +10,31 @@ from pydantic import Field, model_validator
 
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
-from qwen2.corpus import LocalConfig
 from qwen2.corpus.mixing_law import BOOSTED_FROM, LawName
+from qwen2.corpus.quality.config import QUALITY
 from qwen2.model.config import ModelConfig
+from qwen2.pipeline.corpus.recipe import NamedCorpus
 from qwen2.tokens.remap import LEAST_SIZE
 from qwen2.train.pretrain import PretrainRecipe
 
 
 class GivenShards(Config):
-    """Text that is there: folders of shards, and of the tokenizer that made them."""
+    """Text that is there: folders of shards, and of the tokenizer that made them.
+
+    `{run: DIR}` stands for those of a finished `qwen2 corpus run`.
+    """
 
     train: Path
     held_out: Path
     tokenizer: Path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_run(cls, values: Any) -> Any:
+        if isinstance(values, dict) and set(values) == {"run"}:
+            folder = Path(values["run"]) / "shards"
+            return {name: folder / name for name in cls.model_fields}
+        return values
 
 
 class ProxyConfig(Config):
@@ -42,9 +54,9 @@ class ProxyConfig(Config):
 
 
 class ProxyExperiment(Config):
-    """What experiments with proxies share: `corpus`, collected here, or `shards` that are there."""
+    """What experiments with proxies share: `corpus`, run here, or `shards` that are there."""
 
-    corpus: LocalConfig | None = None
+    corpus: NamedCorpus | None = None
     shards: GivenShards | None = None
     vocabulary: int = Field(ge=LEAST_SIZE)  # tokens of the proxies, the most used of all
     evaluated_kilobytes: int = Field(gt=0)  # held-out text of each kind
@@ -55,7 +67,9 @@ class ProxyExperiment(Config):
     @model_validator(mode="after")
     def _one_text(self) -> Self:
         if (self.corpus is None) == (self.shards is None):
-            raise ValueError("give either corpus (collected here) or shards (folders)")
+            raise ValueError("give either corpus (a recipe, run here) or shards (folders)")
+        if self.corpus is not None and self.corpus.tokens is None:
+            raise ValueError("corpus.tokens must not be null: proxies read its shards")
         for name, proxy in self.proxy_configs().items():
             if proxy.model.vocab_size != self.vocabulary:
                 raise ValueError(
@@ -122,13 +136,22 @@ class MixtureRecipe(ProxyExperiment):
         return recipe.total_steps * recipe.step_tokens
 
 
+class StoredScores(Config):
+    """What the stage `scores` of a corpus run kept: no text is read for it."""
+
+    run: Path
+    column: str = QUALITY
+    """More is better: `quality`, `head`, or a percentile of theirs."""
+
+
 class ThresholdRecipe(ProxyExperiment):
     """Strict against relaxed quality threshold at equal compute (report section 3.1)."""
 
     experiment: Literal["relaxed_threshold"]
-    scores: Path | None = None
-    """Parquet with a column `score`, a row for each document of the shards in their order; None: by
-    how little zlib shrinks a document, which stands in for a model's judgement."""
+    scores: Path | StoredScores | None = None
+    """Parquet with a column `score`, a row for each document of the shards in their order; or those
+    of the corpus run that made the shards; None: by how little zlib shrinks a document, which
+    stands in for a model's judgement."""
     relaxed_share: float = Field(default=1.0, gt=0, le=1)  # of each kind's tokens
     ratio: float = Field(default=12 / 7, gt=1)  # of the relaxed set's tokens to the strict one's
     margin: float = Field(gt=0)  # bits per byte within which the two count as equal

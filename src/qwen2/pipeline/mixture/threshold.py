@@ -16,32 +16,23 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qwen2.common.config import one_line
 from qwen2.common.equivalence import equivalence
-from qwen2.common.errors import UserError
 from qwen2.common.files import durable_write
 from qwen2.corpus.mixture import natural
-from qwen2.pipeline.mixture.data import Text, collect, document_bytes, places, shards, small
+from qwen2.pipeline.mixture.data import Text, corpus_stages, places, small
 from qwen2.pipeline.mixture.proxies import Job, run_jobs, save_documents
 from qwen2.pipeline.mixture.recipe import ThresholdRecipe
+from qwen2.pipeline.mixture.scores import Score, scores_of
 from qwen2.pipeline.stages import Run, Stage
-from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import Shards
 
 ThresholdRun = Run[ThresholdRecipe]
-Score = Callable[[bytes], float]
-"""Quality of a document's text; more is better."""
-
 ARMS = ("strict", "relaxed")
 FIRST_SEED = 1000
 ENOUGH = 200  # bytes of a document below which its compression says little
@@ -56,12 +47,8 @@ def threshold_stages(
     recipe: ThresholdRecipe, workers: int, score: Score = incompressible
 ) -> list[Stage[ThresholdRecipe]]:
     """What a run of `recipe` does; `score` is used where the recipe names no scores."""
-    collected: list[Stage[ThresholdRecipe]] = [
-        Stage("collect", "Collect real text from this machine", collect, makes="corpus"),
-        Stage("shards", "Turn the text into shards of tokens", shards, makes="shards"),
-    ]
     return [
-        *(collected if recipe.shards is None else []),
+        *corpus_stages(recipe, workers),
         Stage("small", "Write it in a small vocabulary", small, makes="small"),
         Stage("select", "Score it once; two thresholds", lambda run: select(run, score)),
         Stage("compare", "Train on both, several seeds", lambda run: compare(run, workers)),
@@ -72,8 +59,8 @@ def select(run: ThresholdRun, score: Score) -> dict[str, Any]:
     """The documents of the strict and of the relaxed set."""
     text = Shards(run.folder / "small/train")
     chosen = np.load(run.folder / "small/documents.npy")
-    scores = _scores(run, score)[chosen]
-    recipe = run.recipe
+    recipe, here = run.recipe, places(run)
+    scores = scores_of(recipe.scores, Shards(here.train), here.tokenizer, score)[chosen]
     sets = {
         "strict": threshold(text, scores, recipe.relaxed_share / recipe.ratio),
         "relaxed": threshold(text, scores, recipe.relaxed_share),
@@ -155,27 +142,3 @@ def threshold_summary(run: ThresholdRun) -> str:
             f"{found['margin']:g}, p {found['p']:.3f}"
         )
     return "\n".join(lines)
-
-
-def _scores(run: ThresholdRun, score: Score) -> NDArray[np.float64]:
-    """(documents,) of the full shards: those given, or made now."""
-    here, path = places(run), run.recipe.scores
-    full = Shards(here.train)
-    if path is None:
-        coder = Tokenizer.load(here.tokenizer)
-        return np.array([score(text) for text in document_bytes(full, coder)])
-    scores = _read_scores(path)
-    if len(scores) != len(full):
-        raise UserError(f"{path}: {len(scores)} scores; the shards hold {len(full)} documents")
-    return scores
-
-
-def _read_scores(path: Path) -> NDArray[np.float64]:
-    try:
-        column = pq.read_table(path, columns=["score"])["score"]
-        scores = column.to_numpy().astype(np.float64)
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: no readable column 'score': {one_line(error)}") from None
-    if not np.isfinite(scores).all():
-        raise UserError(f"{path}: a score is missing or not a number; score every document")
-    return scores

@@ -7,9 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from qwen2.common.config import Config
-from qwen2.corpus import LocalConfig
 from qwen2.model.config import ModelConfig
 from qwen2.model.upcycle import UpcycleConfig
+from qwen2.pipeline.corpus.recipe import NamedCorpus
 from qwen2.pipeline.stages import Run
 
 
@@ -25,7 +25,7 @@ class QuickstartRecipe(Config):
     """How much of everything; `minutes` scales the training to fill the time."""
 
     minutes: float = Field(default=8.0, gt=0)
-    corpus: LocalConfig
+    corpus: NamedCorpus  # without tokens: the vocabulary is trained on it
     vocab_size: int = Field(gt=258)
     tokenizer_megabytes: float = Field(gt=0)  # of training text that the merges are counted on
     model: ModelConfig
@@ -48,6 +48,8 @@ class QuickstartRecipe(Config):
     def _longer(self) -> Self:
         if self.long_context <= self.context:
             raise ValueError("long_context must be longer than context")
+        if self.corpus.tokens is not None:
+            raise ValueError("corpus.tokens must be null: the vocabulary is trained on the corpus")
         return self
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from qwen2.pipeline.corpus.fates import FATES
+from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.quickstart.data import collect, shards, tokenizer
 from qwen2.pipeline.quickstart.recipe import QuickRun, QuickstartRecipe
 from qwen2.pipeline.quickstart.results import evaluation, export, report, talk
 from qwen2.pipeline.quickstart.training import long_context, mixture, pretraining
-from qwen2.pipeline.report import mean_bits, median_of, read_metrics, training_lines
+from qwen2.pipeline.report import (
+    CORPUS_PAGE,
+    mean_bits,
+    median_of,
+    read_metrics,
+    training_lines,
+)
 from qwen2.pipeline.stages import Stage
 
 STAGES: list[Stage[QuickstartRecipe]] = [
-    Stage("collect", "Collect real text from this machine", collect, makes="corpus"),
+    Stage("collect", "Make a corpus of this machine's text", collect),
     Stage("tokenizer", "Train a tokenizer", tokenizer, makes="tokenizer"),
     Stage("shards", "Turn the text into shards of tokens", shards, makes="shards"),
     Stage("pretrain", "Pre-train a miniature from random weights", pretraining),
@@ -31,6 +39,11 @@ def terminal_summary(run: QuickRun) -> str:
     lines = training_lines(read_metrics(run.folder / trained["metrics"]))
     bits = {**evaluated["bits_per_byte"], "all": mean_bits(results)}
     names = list(bits["all"])
+    fates = results["collect"]["kinds"].values()
+    found, kept = (
+        sum(of[fate][1] for of in fates for fate in of if fate in wanted) / 1e6
+        for wanted in (FATES, SIDES)
+    )
     sample = results["talk"]["samples"][0]
     shown = (sample["prompt"] + sample["text"]).splitlines()[:5]
     return "\n".join(
@@ -40,6 +53,7 @@ def terminal_summary(run: QuickRun) -> str:
             f"{trained['tokens'] / 1e6:.2f}M tokens, "
             f"{median_of(lines, 'tokens_per_s'):,.0f} tokens/s, MFU {median_of(lines, 'mfu'):.0%}, "
             f"{run.seconds / 60:.1f} minutes in all",
+            f"{found:.1f} MB of text found, {kept:.1f} MB kept",
             "",
             f"{'held-out bits per byte':24}" + "".join(f"{name:>14}" for name in names),
             *(
@@ -57,6 +71,7 @@ def terminal_summary(run: QuickRun) -> str:
             *(f"  | {line}" for line in shown),
             "",
             f"report   {run.folder / 'report.html'}",
+            f"corpus   {run.folder / CORPUS_PAGE}",
             f"model    {run.folder / 'model'}",
             f"try      qwen2 generate {run.folder / 'model'} -p 'def main(' --temperature 0.7",
         ]
