@@ -25,7 +25,7 @@ setup: $(VENV)/.ready-dev
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve,corpus]'
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
