@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import html.parser
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import yaml
 
 from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
 from qwen2.evaluate.positions import LABELS
 from qwen2.model.attention import PackedAttention
 from qwen2.model.hub import load
+from qwen2.pipeline.corpus import CorpusRecipe, Layout
 from qwen2.pipeline.quickstart import STAGES, QuickRun, QuickstartRecipe, terminal_summary
 from qwen2.pipeline.report import read_metrics, write_report
 from qwen2.pipeline.stages import run_stages
@@ -22,6 +25,7 @@ from qwen2.pipeline.stages import run_stages
 SMALL = [
     "minutes=5",
     "max_steps=6",
+    "dtype=fp32",  # some CPUs have no kernels for bf16
     "corpus.megabytes={code: 0.4, docstrings: 0.2, reference: 0.2, prose: 0.3, multilingual: 0.2}",
     "vocab_size=600",
     "tokenizer_megabytes=0.4",
@@ -154,6 +158,41 @@ def test_a_second_start_does_nothing_again(run: QuickRun) -> None:
     again = run_stages(STAGES, run.folder, recipe())
     assert again.results == run.results
     assert before == times(run.folder)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("corpus.megabytes={prosa: 1}", "no source is 'prosa'; there are code, docstrings"),
+        ("corpus.recipe=corpus/labtop", "did you mean 'corpus/laptop'"),
+        ("corpus.tokens={tokenizer: qwen2}", "corpus.tokens must be null"),
+        ("corpus.held_outt=0.1", "did you mean 'held_out'"),
+    ],
+)
+def test_a_wrong_corpus_is_told_at_once(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        recipe(override)
+
+
+def test_the_corpus_is_the_shipped_one_with_other_limits(run: QuickRun) -> None:
+    """Saved whole: nothing of a run depends on a recipe that may change."""
+    saved = yaml.safe_load((run.folder / "recipe.yaml").read_text())["corpus"]
+    limits = {source["name"]: source["limit"]["megabytes"] for source in saved["sources"]}
+    assert limits["code"] == 0.4
+    assert CorpusRecipe.parse(saved) == run.recipe.corpus
+    shipped = CorpusRecipe.load(find_recipe("corpus/laptop"))
+    assert run.recipe.corpus.filters == shipped.filters
+    assert run.results["collect"]["kinds"].keys() == limits.keys()
+    assert Layout.open(run.folder / "corpus").keys == Layout(run.folder, run.recipe.corpus).keys
+
+
+def test_without_the_extra_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    monkeypatch.setattr("qwen2.pipeline.quickstart.data.available_cores", lambda: 1)
+    with pytest.raises(UserError, match=r"pip install 'qwen2\[corpus\]'"):
+        run_stages(STAGES[:1], tmp_path / "run", recipe())
 
 
 def test_too_little_time_is_said_before_training(tmp_path: Path) -> None:

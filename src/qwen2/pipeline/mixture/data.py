@@ -1,4 +1,4 @@
-"""The text of an experiment, its own corpus or given: as shards, and as small-vocabulary shards.
+"""The text of an experiment (its own corpus, or given) as shards, and in a small vocabulary.
 
     corpus/                      the corpus run, when the text is made here
     small/train small/held-out   what proxies read: of each kind as much as one of them can use

@@ -1,4 +1,4 @@
-"""How good each document of some shards is: by a file, by their corpus run, or anew."""
+"""How good each document of shards is: by a file, by the corpus run that made them, or anew."""
 
 from __future__ import annotations
 

@@ -1,26 +1,17 @@
+"""What every machine has: found, read, and skipped with a reason."""
+
 import gzip
-import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from qwen2.common.errors import UserError
-from qwen2.common.files import verify_folder
-from qwen2.corpus import (
-    HELD_OUT,
-    SUMMARY,
-    TRAIN,
-    Document,
-    LocalConfig,
-    Places,
-    Tally,
-    build_corpus,
-    collect_local,
-    read_documents,
-    this_machine,
-)
+from qwen2.corpus import Document, Places, local_documents, this_machine
+from qwen2.corpus.files import Skipped
+from qwen2.corpus.machine import SOURCES
 
 MODULE = '''"""About beds."""
 def sleep(hours: float, *, deep=True) -> int:
@@ -93,30 +84,29 @@ def places(tmp_path: Path) -> Places:
     return Places(lib, (tmp_path / "missing", usr))
 
 
-def collect(places: Places, kind: str, cap: int = 1 << 30) -> tuple[dict[str, Document], Tally]:
-    tally = Tally()
-    found = {d.id: d for d in collect_local(places, {kind: cap}, tally)}
-    assert tally.documents[kind] == len(found)
-    assert tally.bytes[kind] == sum(len(d.text.encode()) for d in found.values())
-    return found, tally
+def collect(places: Places, kind: str) -> tuple[dict[str, Document], Counter[str]]:
+    """Documents by id, and how often what was skipped for each reason."""
+    things = list(SOURCES[kind](places))
+    found = {thing.id: thing for thing in things if isinstance(thing, Document)}
+    skipped = Counter(thing.reason for thing in things if isinstance(thing, Skipped))
+    assert len(found) + skipped.total() == len(things)
+    assert {document.kind for document in found.values()} <= {kind}
+    return found, skipped
 
 
 def test_code(places: Places) -> None:
-    found, tally = collect(places, "code")
-    expected = ["code/beds.py", "code/broken.py", "code/pack/__init__.py", "code/surrogate.py"]
-    assert sorted(found) == expected
+    found, skipped = collect(places, "code")
+    names = ("beds", "broken", "pack/__init__", "surrogate", "tiny")
+    assert sorted(found) == [f"code/{name}.py" for name in names]
     assert found["code/beds.py"].text == MODULE * 3
     assert found["code/beds.py"].group == "stdlib/beds.py"
-    assert tally.skipped["code"] == {
-        "generated": 1,
-        "not readable as UTF-8": 1,
-        "shorter than 200 bytes": 1,
-    }
+    assert skipped == {"generated": 1, "not readable as UTF-8": 1}
 
 
 def test_docstrings(places: Places) -> None:
-    found, tally = collect(places, "docstrings")
-    assert sorted(found) == ["docstrings/beds.py", "docstrings/pack/__init__.py"]
+    found, skipped = collect(places, "docstrings")
+    names = ("beds", "pack/__init__", "surrogate")
+    assert sorted(found) == [f"docstrings/{name}.py" for name in names]
     beds = found["docstrings/beds.py"]
     assert beds.group == "stdlib/beds.py"
     assert beds.text.startswith(
@@ -127,12 +117,11 @@ def test_docstrings(places: Places) -> None:
     )
     assert "silent" not in beds.text
     assert found["docstrings/pack/__init__.py"].text.startswith("Module pack\n\nThis sentence")
-    reasons = tally.skipped["docstrings"]
-    assert (reasons["lone surrogates"], reasons["not parsable"]) == (1, 1)
+    assert skipped["not parsable"] == 1
 
 
 def test_prose(places: Places) -> None:
-    found, tally = collect(places, "prose")
+    found, skipped = collect(places, "prose")
     files = {name for name in found if not name.startswith("prose/packages/")}
     assert files == {
         "prose/doc/a/README.gz",
@@ -143,25 +132,25 @@ def test_prose(places: Places) -> None:
     }
     assert found["prose/doc/a/README.gz"].text == f"Read me. {LONG}"
     assert "prose/packages/pytest" in found  # the README of an installed package
-    assert tally.skipped["prose"]["unreadable or longer than 1 MiB"] == 2
-    assert tally.skipped["prose"]["not UTF-8 text"] == 1
+    assert skipped["unreadable or longer than 1 MiB"] == 2
+    assert skipped["not UTF-8 text"] == 1
 
 
 def test_multilingual(places: Places) -> None:
-    found, tally = collect(places, "multilingual")
+    found, skipped = collect(places, "multilingual")
     assert list(found) == ["multilingual/de/app"]
     document = found["multilingual/de/app"]
     assert document.language == "de"
     assert document.group == "messages/app"
     assert len(document.text.splitlines()) == 6
     assert "nobody has translated" not in document.text
-    assert tally.skipped["multilingual"] == {"not a readable catalogue": 1}
+    assert skipped == {"not a readable catalogue": 1}
 
 
 def test_reference_topics_do_not_contain_one_another(places: Places) -> None:
-    found, tally = collect(places, "reference")
+    found, skipped = collect(places, "reference")
     assert "Assert statements" in found["reference/assert"].text
-    assert tally.skipped["reference"]["part of a longer topic"] > 0
+    assert skipped["part of a longer topic"] > 0
     owners: dict[str, set[str]] = {}
     for name, document in found.items():
         for paragraph in document.text.split("\n\n"):
@@ -176,55 +165,19 @@ def test_missing_folders_give_nothing(tmp_path: Path) -> None:
         assert collect(nowhere, kind)[0] == {}
 
 
-def test_cap_bounds_a_kind_and_one_document_never_fills_it(places: Places) -> None:
-    for number in range(100):
-        put(places.shares[1], f"doc/many/{number}.txt", f"{number} {LONG}")
-    everything, whole = collect(places, "prose")
-    some, tally = collect(places, "prose", cap=8000)
-    assert 6000 <= tally.bytes["prose"] <= 8000
-    assert max(d.size for d in some.values()) <= 2000
-    assert list(some) == [name for name in everything if name in some]
-    assert (tally.capped, whole.capped) == ({"prose"}, set())
-    assert collect(places, "prose", cap=0)[0] == {}
-
-
-def test_build_is_whole_split_and_the_same_again(places: Places, tmp_path: Path) -> None:
-    config = LocalConfig.parse({"held_out": 0.2, "megabytes": {"reference": 0.05}})
-    first, second = tmp_path / "one", tmp_path / "two"
-    summary = build_corpus(first, config, places)
-    build_corpus(second, config, places)
-    for name in (TRAIN, HELD_OUT, SUMMARY):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-    assert verify_folder(first) is None
-    assert sorted(p.name for p in first.iterdir()) == sorted(
-        [TRAIN, HELD_OUT, SUMMARY, "manifest.json"]
-    )
-    assert json.loads((first / SUMMARY).read_text()) == summary
-
-    train, held_out = (list(read_documents(first / name)) for name in (TRAIN, HELD_OUT))
-    groups = [{d.group for d in side if d.group} for side in (train, held_out)]
-    assert groups[0].isdisjoint(groups[1])
-    assert summary["kinds"]["prose"]["duplicates"] == 1
-    for kind, row in summary["kinds"].items():
-        assert row["train"]["documents"] == sum(d.kind == kind for d in train)
-        assert row["held_out"]["bytes"] == sum(d.size for d in held_out if d.kind == kind)
-        both = row["train"]["documents"] + row["held_out"]["documents"]
-        assert both == row["documents"] - row["duplicates"]
-        assert row["held_out"]["documents"] or row["documents"] < 2
-
-    with pytest.raises(UserError, match="exists already"):
-        build_corpus(first, config, places)
-
-
-def test_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match=r"megabytes\.prosa'; did you mean 'prose'"):
-        LocalConfig.parse({"megabytes": {"prosa": 1}})
+def test_what_utf_8_cannot_hold_is_left_out(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen2.corpus.machine.this_machine", lambda: places)
+    everything, _ = collect(places, "docstrings")
+    found = [document.id for document in local_documents("docstrings")]
+    assert found == [name for name in everything if name != "docstrings/surrogate.py"]
+    assert len(found) == 2
 
 
 def test_this_machine_has_code_docstrings_and_reference() -> None:
-    caps = {"code": 300_000, "docstrings": 100_000, "reference": 100_000}
-    tally = Tally()
-    documents = list(collect_local(this_machine(), caps, tally))
-    assert len({d.id for d in documents}) == len(documents)
-    for kind, cap in caps.items():
-        assert cap * 3 / 4 <= tally.bytes[kind] <= cap
+    for kind in ("code", "docstrings", "reference"):
+        some = list(islice(SOURCES[kind](this_machine()), 20))
+        documents = [thing for thing in some if isinstance(thing, Document)]
+        assert sum(len(document.text) for document in documents) > 10_000
+        assert len({document.id for document in documents}) == len(documents)
