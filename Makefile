@@ -25,11 +25,11 @@ setup: $(VENV)/.ready-dev
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve,corpus]'
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve,corpus,dev]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve,corpus,ray,dev]'
 	touch $@
 
 clean:

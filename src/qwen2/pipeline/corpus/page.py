@@ -81,7 +81,7 @@ def page(layout: Layout, summary: Figures) -> str:
         *_contamination(layout),
         *_samples(layout),
         *_quarantine(layout, summary["quarantine"]),
-        *_mixture(layout),
+        *mixture_of(layout.folder),
         *_how(layout),
     ]
     return html_page("Corpus", body, STYLE)
@@ -295,9 +295,9 @@ def _quarantine(layout: Layout, quarantine: Figures) -> list[str]:
     ]
 
 
-def _mixture(layout: Layout) -> list[str]:
-    """The search for a mixture, when it was made in `mixture/` of the run's folder."""
-    path = layout.folder / "mixture" / MIXTURE
+def mixture_of(folder: Path) -> list[str]:
+    """The search for a mixture, when it was made in `mixture/` of the run's `folder`."""
+    path = folder / "mixture" / MIXTURE
     if not path.exists():
         return []
     results = json.loads(path.read_text())

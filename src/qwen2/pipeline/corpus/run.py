@@ -97,9 +97,8 @@ def _keep(layout: Layout, workers: Workers) -> Figures:
 
 
 def _tokenize(layout: Layout, workers: Workers) -> Figures:
-    for folder in (layout.place("tokens"), *(layout.place("tokens") / side for side in SIDES)):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+    for place in (layout.place("tokens"), *(layout.place("tokens") / side for side in SIDES)):
+        remove_leftovers(place)
     tokens.save_tokenizer(layout)
     paths = {part: [tokens.shard_path(layout, s, part) for s in SIDES] for part in layout.parts}
     todo = [part for part, of in paths.items() if not all(map(tokens.is_shard, of))]
