@@ -155,3 +155,17 @@ def test_the_second_signal_ends_all_at_once(number: signal.Signals, tmp_path: Pa
 
 def test_totals_are_by_name() -> None:
     assert total(iter([{"a": 1}, {"a": 2, "b": 5}, {}])) == {"a": 3, "b": 5}
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_results_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), here]))
+    try:
+        with open_workers(1, "ray") as workers:
+            assert sorted(workers.map(worker_tasks.square, range(4))) == [0, 1, 4, 9]
+            with pytest.raises(UserError, match=r"^3: not this one$"):
+                list(workers.map(worker_tasks.refuse, range(5)))
+    finally:
+        ray.shutdown()
