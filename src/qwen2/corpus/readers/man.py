@@ -61,7 +61,7 @@ def _followed(lines: list[str]) -> Iterator[str]:
             until = "" if line.rstrip() == until else until
         elif depth:
             depth += len(BLOCK.findall(line)) - line.count("\\}")
-        elif request := re.match(r"[.']\s*(de1?|am1?|ig)\b\s*\S*\s*(\S*)", line):
+        elif request := re.match(r"[.']\s*(de1?|am1?|ig)\b\s*\S*\s*([^\s\\]*)", line):
             until = "." + (request[2] or ".")
         elif condition := re.match(r"[.']\s*(if|ie|el)\b\s*(.*)", line):
             held, rest = _holds(condition[1], condition[2], last_held)
