@@ -118,5 +118,6 @@ def test_plain_words_stay(words: list[str]) -> None:
 
 
 def test_a_definition_with_a_comment_ends() -> None:
-    page = '.de Sh \\" Subsection\n.PP\nhidden\n..\n.de Ip end\nhidden\n..\n.end\n.SH NAME\nseen\n'
+    definitions = '.de Sh \\" Subsection\n.PP\nhidden\n..\n.de Ip end\nhidden\n..\n.end\n'
+    page = f'{definitions}.ig \\" -*- nroff -*-\nhidden\n..\n.SH NAME\nseen\n'
     assert man_text(page) == "NAME\n\nseen\n"
