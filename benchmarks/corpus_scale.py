@@ -4,7 +4,8 @@ The text is real documents, repeated with a fifth of their words changed (of eve
 near-duplicate), so that each document is read, measured, compared and tokenised as a new one. Each
 run is a process of its own, and all stages are in its figures: processor seconds of it and of its
 workers, and the largest resident memory of one process. Cost is linear when seconds per MB do not
-grow; two workers are compared with one on the same text, run after run.
+grow; two workers are compared with one on the same text, run after run (--rounds 0: they are not).
+A run of 10 MB has 10 s of other things in it: imports, models, the tokenizer.
 
     python corpus_scale.py documents.jsonl --json
 
@@ -51,8 +52,9 @@ def main() -> None:
             recipe, real = prepare(rows, size, Path(place))
             figures.setdefault("linear", []).append(run(recipe, 1, real, Path(place)))
             print(size, figures["linear"][-1], file=sys.stderr)
-        recipe, real = prepare(rows, chosen.shared, Path(place))
-        figures |= two_workers(recipe, real, chosen.rounds, Path(place))
+        if chosen.rounds:
+            recipe, real = prepare(rows, chosen.shared, Path(place))
+            figures |= two_workers(recipe, real, chosen.rounds, Path(place))
     first, last = figures["linear"][0], figures["linear"][-1]
     figures["cost_growth"] = last["cpu_seconds_per_mb"] / first["cpu_seconds_per_mb"]
     figures["rss_growth"] = last["peak_rss_bytes"] / first["peak_rss_bytes"]

@@ -115,3 +115,9 @@ def test_any_text_is_read_and_ends_in_one_line_feed(data: str) -> None:
 @given(st.lists(st.text(st.sampled_from("abcdé"), min_size=1), min_size=1))
 def test_plain_words_stay(words: list[str]) -> None:
     assert man_text("\n".join(words)) == " ".join(words) + "\n"
+
+
+def test_a_definition_with_a_comment_ends() -> None:
+    definitions = '.de Sh \\" Subsection\n.PP\nhidden\n..\n.de Ip end\nhidden\n..\n.end\n'
+    page = f'{definitions}.ig \\" -*- nroff -*-\nhidden\n..\n.SH NAME\nseen\n'
+    assert man_text(page) == "NAME\n\nseen\n"

@@ -38,6 +38,8 @@ CALLABLE = AROUND.keys() | PLAIN | {"Nm", "Xr", "Ns"}
 CLOSING = frozenset(".,:;)]?!")
 
 BLOCK = re.compile(r"[.']\s*(?:if|ie|el)\b.*\\\{")
+# A macro, or what is to be ignored; and the line that ends it, if not `..`.
+DEFINITION = re.compile(r"[.']\s*(?:(?:de1?|am1?)\b\s*\S*|ig\b)\s*(\S*)")
 # Letters between which a line end is no space.
 WIDE = re.compile("[\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef]")
 HANGUL = re.compile("[\uac00-\ud7a3]")
@@ -61,8 +63,8 @@ def _followed(lines: list[str]) -> Iterator[str]:
             until = "" if line.rstrip() == until else until
         elif depth:
             depth += len(BLOCK.findall(line)) - line.count("\\}")
-        elif request := re.match(r"[.']\s*(de1?|am1?|ig)\b\s*\S*\s*(\S*)", line):
-            until = "." + (request[2] or ".")
+        elif request := DEFINITION.match(line.partition('\\"')[0]):
+            until = "." + (request[1] or ".")
         elif condition := re.match(r"[.']\s*(if|ie|el)\b\s*(.*)", line):
             held, rest = _holds(condition[1], condition[2], last_held)
             last_held = held
