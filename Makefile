@@ -29,7 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve,corpus,dev]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[serve,corpus,ray,dev]'
 	touch $@
 
 clean:

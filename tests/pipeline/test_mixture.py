@@ -25,6 +25,7 @@ from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
 from qwen2.evaluate.score import token_nats
 from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.pipeline.corpus.page import mixture_of
 from qwen2.pipeline.mixture import MixtureRecipe, ThresholdRecipe, run_experiment, threshold_stages
 from qwen2.pipeline.mixture import proxies as proxies_module
 from qwen2.pipeline.mixture.data import Text
@@ -162,6 +163,12 @@ def test_a_search_leaves_weights_that_train(recipe: Path, tmp_path: Path) -> Non
     page = (tmp_path / "run" / "mixture.html").read_text()
     assert page.count("<svg") == 2
     assert "http" not in page.replace("http://www.w3.org/2000/svg", ""), "nothing from outside"
+    # Made in the folder of a corpus run, it stands in the corpus's report.
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "mixture").symlink_to(tmp_path / "run")
+    shown = "".join(mixture_of(tmp_path / "corpus"))
+    assert "What the choice gains" in shown
+    assert "<svg" in shown
     kept = json.loads((tmp_path / "run" / "mixture.json").read_text())
     assert kept["proxies"]["mixtures"] == results["proxies"]["mixtures"]
     assert (tmp_path / "run" / "predicted.svg").read_text().startswith("<svg")

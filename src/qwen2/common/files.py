@@ -39,7 +39,7 @@ def durable_write(path: Path, data: bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
 @contextmanager
@@ -56,11 +56,11 @@ def durable_file(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            _fsync(partial)
+            fsync(partial)
             partial.rename(target)
         finally:
             partial.unlink(missing_ok=True)
-        _fsync(target.parent)
+        fsync(target.parent)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def durable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if target.exists():
                 target.rename(retired)
             partial.rename(target)
-            _fsync(target.parent)
+            fsync(target.parent)
         except BaseException:
             if retired.exists() and not target.exists():
                 retired.rename(target)
@@ -99,16 +99,16 @@ def write_manifest(folder: Path) -> None:
     """Flush every file below `folder` and record sizes and sha256 in its manifest."""
     entries: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _fsync(path)
+        fsync(path)
         entries[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
             "sha256": sha256_of(path),
         }
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1))
-    _fsync(manifest)
+    fsync(manifest)
     for path in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
-        _fsync(path)
+        fsync(path)
 
 
 def verify_folder(folder: Path) -> str | None:
@@ -166,7 +166,8 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, on the disk before anything else is done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -70,11 +70,15 @@ class Document:
 def table_of(documents: Sequence[Document]) -> pa.Table:
     """Documents as a table of `SCHEMA`."""
     columns = [[getattr(d, name) for d in documents] for name in SCHEMA.names[:-1]]
-    columns.append(
-        [json.dumps(d.metadata, ensure_ascii=False) if d.metadata else None for d in documents]
-    )
+    columns.append([_as_json(d.metadata) if d.metadata else None for d in documents])
     arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    """Lone surrogates, which UTF-8 can't hold, are spelt as JSON spells them: \\ud800."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> int:
@@ -84,7 +88,7 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
     """
     count = 0
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-        for batch in _batches(documents):
+        for batch in in_batches(documents, ROW_GROUP_BYTES):
             writer.write_table(table_of(batch))
             count += len(batch)
     return count
@@ -110,14 +114,17 @@ def read_documents(path: Path, batch: int = 256) -> Iterator[Document]:
         raise UserError(f"{path}: not a readable Parquet file: {one_line(error)}") from None
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def in_batches(
+    documents: Iterable[Document], size: int, most: int = ROW_GROUP_DOCUMENTS
+) -> Iterator[list[Document]]:
+    """Batches of about `size` bytes, and of at most `most` documents; none is empty."""
     batch: list[Document] = []
-    size = 0
+    held = 0
     for document in documents:
         batch.append(document)
-        size += document.size
-        if size >= ROW_GROUP_BYTES or len(batch) == ROW_GROUP_DOCUMENTS:
+        held += document.size
+        if held >= size or len(batch) == most:
             yield batch
-            batch, size = [], 0
+            batch, held = [], 0
     if batch:
         yield batch

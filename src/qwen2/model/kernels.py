@@ -76,6 +76,17 @@ def _onednn(x: Tensor, *_: Any) -> bool:
     return x.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def _no_bf16(x: Tensor, *_: Any) -> bool:
+    """On processors whose products in bf16 are loops over single numbers."""
+    slow = x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return slow and not torch.is_grad_enabled()
+
+
+def _no_int8(*_: Any) -> bool:
+    """On processors without instructions for products of integers."""
+    return not torch.cpu._is_vnni_supported()
+
+
 def _int4pack(_: Tensor, weight: Tensor, *__: Any) -> bool:
     return bool(_later("int4pack", "fits_torch")(len(weight)))
 
@@ -105,6 +116,11 @@ def _pack_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[An
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _linear_by_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = None if bias is None else bias.float()
+    return F.linear(x.float(), weight.float(), wide).to(x.dtype)
 
 
 def _native_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -268,13 +284,23 @@ TABLE = {
     "bf16 rows": Operation(
         "product of many rows with a bf16 weight",
         ("linear", Kernel(F.linear)),
-        {"cpu": {"oneDNN, packed": Kernel(_packed_linear, _onednn, _pack_for_onednn, TWICE)}},
+        {
+            "cpu": {
+                "fp32": Kernel(_linear_by_fp32, _no_bf16),
+                "oneDNN, packed": Kernel(_packed_linear, _onednn, _pack_for_onednn, TWICE),
+            }
+        },
         lambda device: (_bf16(device, ROWS, K), _bf16(device, N, K), None),
     ),
     "int8 rows": Operation(
         "product of many rows with an int8 weight",
         ("_int_mm, PyTorch around it", Kernel(_later("quantised_linear", "int8_linear"))),
-        {"cpu": {"_int_mm, native around it": Kernel(_native_int8, _native)}},
+        {
+            "cpu": {
+                "_int_mm, native around it": Kernel(_native_int8, _native),
+                "fp32, exact": Kernel(_later("quantised_linear", "int8_linear_by_fp32"), _no_int8),
+            }
+        },
         _int8_operands,
     ),
     "int4 rows": Operation(

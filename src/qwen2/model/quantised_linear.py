@@ -47,8 +47,23 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
 
     Sums are exact, then come scale of the token, scale of the channel and bias, in fp32.
     """
+    return _int8_linear(x, weight, scale, bias, _integer_product)
+
+
+def int8_linear_by_fp32(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`int8_linear`, to the bit, by products in fp32."""
+    return _int8_linear(x, weight, scale, bias, _integer_product_by_fp32)
+
+
+def _int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
     rows, row_scale = quantise_rows(x)
-    y = _integer_product(rows, weight).float()
+    y = product(rows, weight).float()
     y.mul_(row_scale[:, None]).mul_(scale)
     if bias is not None:
         y.add_(bias)
@@ -249,3 +264,15 @@ def _integer_product(x: Tensor, weight: Tensor) -> Tensor:
     rows, inner, columns = max(32 - M, 0), -K % 8, -N % 8
     padded = F.pad(weight, (0, inner, 0, columns)) if inner or columns else weight
     return torch._int_mm(F.pad(x, (0, inner, 0, rows)), padded.t())[:M, :N]
+
+
+EXACT = 1024  # terms of at most 127² whose sum fp32 has exactly: less than 2^24
+
+
+def _integer_product_by_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x int8 (M, K), weight int8 (N, K) -> exact sums (M, N), int32."""
+    sums = torch.zeros((len(x), len(weight)), dtype=torch.int32, device=x.device)
+    for first in range(0, x.shape[1], EXACT):
+        part = slice(first, first + EXACT)
+        sums += (x[:, part].float() @ weight[:, part].float().t()).to(torch.int32)
+    return sums

@@ -49,24 +49,16 @@ class RayWorkers:
             return
 
         def done(row: dict[str, Any]) -> dict[str, Any]:
-            return {"result": work(row["item"])}
+            # As a result, for Ray would wrap the exception in its own and lose it.
+            try:
+                return {"result": work(row["item"]), "error": None}
+            except UserError as error:
+                return {"result": None, "error": str(error)}
 
         data = ray.data.from_items(list(tasks), override_num_blocks=len(tasks)).map(done)
-        try:
-            for row in data.iter_rows():
-                yield row["result"]
-                if self.stopped():
-                    return
-        except ray.exceptions.RayError as error:
-            raise _told(error) from None
-
-
-def _told(error: BaseException) -> BaseException:
-    """What the user is told of a task that failed: the `UserError` inside, if there is one."""
-    inside: BaseException | None = error
-    while inside is not None:
-        cause = getattr(inside, "cause", None)
-        if isinstance(cause, UserError):
-            return cause
-        inside = cause if isinstance(cause, BaseException) else inside.__cause__
-    return error
+        for row in data.iter_rows():
+            if row["error"] is not None:
+                raise UserError(row["error"])
+            yield row["result"]
+            if self.stopped():
+                return

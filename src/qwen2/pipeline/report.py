@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
-from qwen2.common.page import STYLE
+from qwen2.common.html import html_page
 from qwen2.common.plot import bar_chart, line_chart
 from qwen2.evaluate.positions import PositionNats, octaves, position_chart
 from qwen2.pipeline.corpus.flow import flow, megabytes, table
@@ -39,12 +39,7 @@ def write_report(folder: Path, results: Results, recipe: Mapping[str, Any]) -> N
         *_stages(results),
         *_next(results),
     ]
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>qwen2 quickstart</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
-    )
-    durable_write(folder / "report.html", page.encode())
+    durable_write(folder / "report.html", html_page("qwen2 quickstart", body).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

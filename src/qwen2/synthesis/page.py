@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
+from qwen2.common.html import html_page
 from qwen2.synthesis.output import Sample
 
 SHOWN = 4000  # characters of a text
 STYLE = """
-:root{--ink:#22262e;--paper:#fff;--soft:#667;--line:#dde;--box:#f6f7fa;--good:#2b7a4b;--bad:#b3401f;
-color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e6ea;--paper:#16181d;--soft:#99a;--line:#333844;
---box:#1e2129;--good:#6cc48f;--bad:#f08a6a}}
-body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:76rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
-p.sub{color:var(--soft);margin-top:0;overflow-wrap:anywhere}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child,td.text{text-align:left}
+:root{--good:#2b7a4b;--bad:#b3401f}
+@media(prefers-color-scheme:dark){:root{--good:#6cc48f;--bad:#f08a6a}}
+body{max-width:76rem}p.sub{overflow-wrap:anywhere}td.text{text-align:left}
 article{border:1px solid var(--line);border-radius:.5rem;margin:1rem 0;overflow:hidden}
 article header{padding:.4rem .8rem;border-bottom:1px solid var(--line);font-size:.85rem;
 overflow-wrap:anywhere}
@@ -31,7 +24,7 @@ article header b{margin-right:.6rem}.kept b{color:var(--good)}.rejected b{color:
 .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr))}
 .sides>div{padding:.6rem .8rem;min-width:0}.sides>div+div{background:var(--box)}
 .sides small{color:var(--soft)}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font:.85rem/1.5 system-ui,sans-serif;margin:.3rem 0;
+pre{background:none;padding:0;font:.85rem/1.5 system-ui,sans-serif;margin:.3rem 0;
 max-height:26rem;overflow-y:auto}
 """
 
@@ -52,12 +45,7 @@ def write_page(path: Path, summary: Mapping[str, Any], samples: Sequence[Sample]
             task = sample.task
             body.append(f"<h2>{escape(task)}</h2>")
         body.append(_sample(sample))
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Synthesis</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
-    )
-    durable_write(path, page.encode())
+    durable_write(path, html_page("Synthesis", body, STYLE).encode())
 
 
 def _counts(tasks: Mapping[str, Mapping[str, Any]], model: bool) -> str:

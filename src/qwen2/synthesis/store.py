@@ -24,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from qwen2.common.errors import UserError
+from qwen2.common.files import fsync
 from qwen2.synthesis.generator import Answer
 
 KEY = 32  # hexadecimal digits
@@ -96,7 +97,7 @@ class AnswerLog:
         """Keep an answer: when this returns it is on the disk."""
         if self._file is None:
             self._file = self.path.open("xb")
-            _fsync_folder(self.path.parent)
+            fsync(self.path.parent)
         rest = key.encode() + json.dumps(answer.as_json(), separators=(",", ":")).encode()
         self._file.write(b"%08x%s\n" % (zlib.crc32(rest), rest))
         self._file.flush()
@@ -152,11 +153,3 @@ def _parse(line: bytes) -> tuple[str, bytes] | None:
 
 def _short(key: str) -> int:
     return int(key[:16], 16)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

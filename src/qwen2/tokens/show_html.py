@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from qwen2.common.html import html_page
 from qwen2.tokens.packing import NOTHING
 from qwen2.tokens.show import ShownPiece, visible
 
 STYLE = """
-:root{--ink:#22262e;--paper:#fff;--soft:#5b6370;--line:#dde;--light:93%;--edge:45%;
-color-scheme:light dark}
-@media(prefers-color-scheme:dark){
-:root{--ink:#e4e6ea;--paper:#16181d;--soft:#a0a6b2;--line:#333844;--light:17%;--edge:60%}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:70rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.05rem;margin:2rem 0 .4rem}
+:root{--light:93%;--edge:45%}
+@media(prefers-color-scheme:dark){:root{--light:17%;--edge:60%}}
+body{font-size:15px;line-height:1.5;max-width:70rem}
+h1{font-size:1.5rem}h2{font-size:1.05rem;margin:2rem 0 .4rem}
 p{color:var(--soft);margin:.2rem 0}
 .bar{display:flex;height:1.1rem;border-radius:.3rem;overflow:hidden;gap:1px;margin-bottom:.5rem}
 .bar i{background:hsl(var(--hue) 60% var(--edge));min-width:1px}
@@ -28,8 +26,7 @@ article.cut-start{border-top:2px dashed hsl(var(--hue) 60% var(--edge))}
 article.cut-end{border-bottom:2px dashed hsl(var(--hue) 60% var(--edge))}
 article.padding{background:none;border-left-color:var(--line)}
 header{font-size:.82rem;color:var(--soft);overflow-wrap:anywhere}header b{color:var(--ink)}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0 0;font-size:.8rem;
-max-height:28rem;overflow-y:auto}
+pre{background:none;padding:0;margin:.3rem 0 0;font-size:.8rem;max-height:28rem;overflow-y:auto}
 pre b{background:var(--ink);color:var(--paper);border-radius:.2rem;padding:0 .3rem;font-weight:500}
 .key span{margin-right:1.2rem}.key i{display:inline-block;width:.8rem;height:.8rem;
 border-radius:.2rem;background:hsl(var(--hue) 60% var(--edge));margin-right:.35rem}
@@ -60,11 +57,7 @@ def batch_page(title: str, rows: Sequence[Sequence[ShownPiece]], kinds: Sequence
             f'<div class="bar">{"".join(_bar(piece, kinds) for piece in row)}</div>',
             *(_block(piece, kinds) for piece in row),
         ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
-    )
+    return html_page(title, body, STYLE)
 
 
 def _hue(kind: str, kinds: Sequence[str]) -> str:

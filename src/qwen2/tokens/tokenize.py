@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from qwen2.corpus.documents import Document
+from qwen2.corpus.documents import Document, in_batches
 from qwen2.tokens.shard_file import Encoded, Ids, Origin
 
 BATCH_BYTES = 1 << 22  # of text handed to the tokenizer at once: enough to keep all cores busy
@@ -22,22 +22,9 @@ def tokenize_documents(
             text: a document that speaks of `<|endoftext|>` does not end there.
         place: the part of the corpus run that a document is in, and its row there.
     """
-    for batch in _batches(documents):
+    for batch in in_batches(documents, BATCH_BYTES):
         encoded = encode_batch([document.text for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
             part, row = place(document) if place else (None, None)
             origin = Origin(document.id, document.source, document.language, part, row)
             yield Encoded(document.kind, ids, origin)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.size
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

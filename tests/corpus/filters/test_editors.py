@@ -152,6 +152,7 @@ def test_masking_twice_is_masking_once(text: str) -> None:
         ("plain ascii\n", "plain ascii\n"),
         ("a\r\nb\rc", "a\nb\nc"),
         ("a\x00b\x07c\x1bd\x7f", "abcd"),
+        ("\x1b[1;36mblue\x1b[;m\x1b[K and [1m", "blue and [1m"),
         ("\ufeffstart", "start"),
         ("\ud83d\ude00 and \ud800 alone", "😀 and  alone"),
         ("schÃ¶n und grÃ¼n", "schön und grün"),

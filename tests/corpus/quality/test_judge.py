@@ -31,13 +31,13 @@ class Judge:
     def __init__(self, dies_after: int = 99) -> None:
         self.asked, self.left = 0, dies_after
 
-    def __call__(self, prompts: Sequence[str]) -> Iterator[tuple[int, float | None]]:
+    def __call__(self, prompts: Sequence[str]) -> Iterator[tuple[int, float | str]]:
         for index in reversed(range(len(prompts))):  # in any order
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1
             self.asked += 1
-            yield index, None if "bad" in prompts[index].split("<extract>")[1] else 2.0
+            yield index, "no digit" if "bad" in prompts[index].split("<extract>")[1] else 2.0
 
 
 def test_a_killed_run_asks_only_for_what_is_missing(tmp_path: Path) -> None:
@@ -48,6 +48,7 @@ def test_a_killed_run_asks_only_for_what_is_missing(tmp_path: Path) -> None:
     log.write_bytes(log.read_bytes() + b'\n{"key": "torn')
     again = Judge()
     assert judge_all(texts, again, "j", 100, log) == [2.0, 2.0, None, 2.0, 2.0]
+    assert log.read_text().count('"score": null, "reason": "no digit"') == 1
     assert again.asked == 2  # four different texts, two answered before
     assert judge_all(texts, Judge(dies_after=0), "j", 100, log) == [2.0, 2.0, None, 2.0, 2.0]
 

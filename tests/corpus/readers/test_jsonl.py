@@ -179,6 +179,18 @@ def test_splits_are_by_size_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [split.number for split in splits] == [0, 1, 2]
 
 
+def test_a_small_source_has_work_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "LEAST_SPLIT", 2 * len(LINES))
+    for number in range(128):
+        (tmp_path / f"{number:03d}.jsonl").write_bytes(LINES)
+    splits = source("jsonl", tmp_path).splits()
+    assert {len(split.files) for split in splits} == {4}  # a 32nd
+    for number in range(16, 128):
+        (tmp_path / f"{number:03d}.jsonl").unlink()
+    splits = source("jsonl", tmp_path).splits()
+    assert {len(split.files) for split in splits} == {2}  # no less than the least
+
+
 def test_limits_are_exact(tmp_path: Path) -> None:
     for name in "abcd":
         (tmp_path / f"{name}.jsonl").write_bytes(LINES + b"broken\n")

@@ -20,7 +20,7 @@ class Recipe(Config):
         ),
         ({"format": "jsonl", "fields": {"txt": "a"}}, r"fields\.txt'; did you mean 'text'"),
         ({"format": "code", "favour": "recall"}, "known keys: .*programming_languages"),
-        ({"format": "jsno"}, "'jsonl', 'parquet', 'text', 'html', 'xml', 'warc', 'code', 'hub'"),
+        ({"format": "jsno"}, "'jsonl', 'parquet', 'text', 'html', 'xml', 'man', 'warc', 'code', "),
     ],
 )
 def test_the_nearest_key_is_that_of_the_format(changes: dict[str, object], message: str) -> None:

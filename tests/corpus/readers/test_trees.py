@@ -41,6 +41,47 @@ def test_text(tmp_path: Path) -> None:
     assert [d.text for d in documents] == ["quatre"]
 
 
+def test_a_file_of_many_texts(tmp_path: Path) -> None:
+    put(tmp_path, {
+        "de/a": "Eins\nzwei\n%\n%\nDrei % vier\n%%\n% \nfünf\n%\n",
+        "de/b.gz": gzip.compress(b"x\n%\n"), "de/c": b"caf\xe9\n%\n",
+        "de/d": "kurz\n%\n" + "x" * 45,
+    })  # fmt: skip
+    many = source("text", f"{tmp_path}/{{language}}/*", separator="%", max_bytes=50)
+    documents, skipped = read(many)
+    assert [(d.id, d.text, d.language) for d in documents] == [
+        ("s/de/a#1", "Eins\nzwei\n", "de"),
+        ("s/de/a#3", "Drei % vier\n%%\n", "de"),
+        ("s/de/a#4", "fünf\n", "de"),
+        ("s/de/b.gz#1", "x\n", "de"),
+    ]
+    assert [(Path(s.source).name, s.reason) for s in skipped] == [
+        ("c, byte 3", "not UTF-8"),
+        ("d", "longer than 50 bytes"),
+    ]
+    with pytest.raises(ValueError, match="separator"):
+        source("text", tmp_path, separator=" ")
+
+
+def test_manual_pages(tmp_path: Path) -> None:
+    page = b".TH CUT 1\n.SH NAME\ncut \\- remove\nsections\n"
+    put(tmp_path, {
+        "de/man1/cut.1.gz": gzip.compress(page), "de/man3/SSL_read.3ssl": page,
+        "pt_BR/man1/zwei.1.gz": gzip.compress(b".so man1/cut.1\n"), "de/man1/README": page,
+        "de/man1/latin.1": b".SH NAME\ncaf\xe9", "de/man1/nothing.1": ".TH X 1\n", "man1/x.1": page,
+    })  # fmt: skip
+    documents, skipped = read(source("man", f"{tmp_path}/{{language}}"))
+    assert [(d.id, d.text, d.language) for d in documents] == [
+        ("s/de/man1/cut.1.gz", "NAME\n\ncut - remove sections\n", "de"),
+        ("s/de/man3/SSL_read.3ssl", "NAME\n\ncut - remove sections\n", "de"),
+    ]
+    assert [(Path(s.source).name, s.reason) for s in skipped] == [
+        ("latin.1, byte 12", "not UTF-8"),
+        ("nothing.1", "empty text"),
+        ("zwei.1.gz", "points to another page"),
+    ]
+
+
 def test_ids_do_not_mix_up_names_with_records(tmp_path: Path) -> None:
     put(tmp_path, {"a#1.txt": "x", "a%231.txt": "y"})
     documents, _ = read(source("text", tmp_path))

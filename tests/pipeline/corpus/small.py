@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+from qwen2.pipeline.corpus import CorpusRecipe, Layout, run_corpus
+from qwen2.pipeline.workers import open_workers
+
 WORDS = [
     "the",
     "of",
@@ -98,7 +101,7 @@ def write_sources(folder: Path, documents: int = 120) -> None:
     web[5] = {"text": web[4]["text"]}  # exact
     web[7] = {"text": web[6]["text"] + " And a word more."}  # near
     web[9]["text"] += "\n\n" + QUESTION + "\n\n" + prose(rng, 1)
-    web[11]["text"] = "Buy now! " * 200  # repetition
+    web[11]["text"] = "Buy now! <script>alert(1)</script> " * 90  # repetition
     web[13]["text"] = "\n\n".join([GERMAN] * 1 + [GERMAN.replace("Hamburg", "Bremen")])
     for i in (15, 16, 17):
         web[i]["text"] += "\n\n" + NOTICE
@@ -140,4 +143,21 @@ def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "held_out": 0.1,
         "part_megabytes": 0.04,
         **changes,
+    }
+
+
+def run(folder: Path, out: Path, count: int = 1, **changes: Any) -> Layout:
+    """Run the recipe of the sources in `folder`, with changes, in `out`."""
+    recipe = CorpusRecipe.parse(recipe_values(folder, **changes))
+    with open_workers(count) as workers:
+        run_corpus(recipe, out, workers)
+    return Layout(out, recipe)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The bytes of all files but those that tell times and whole recipes."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.parent.name != "stages" and path.name != "recipe.yaml"
     }

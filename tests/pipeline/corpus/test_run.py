@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,37 +18,10 @@ from qwen2.corpus import Document, read_documents
 from qwen2.pipeline.corpus import CorpusRecipe, run_corpus
 from qwen2.pipeline.corpus.judge import read_table
 from qwen2.pipeline.corpus.layout import Layout
+from qwen2.pipeline.corpus.why import life_of
 from qwen2.pipeline.workers import open_workers
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    small.write_sources(folder)
-    return folder
-
-
-def run(sources: Path, out: Path, count: int = 1, **changes: Any) -> Layout:
-    recipe = CorpusRecipe.parse(small.recipe_values(sources, **changes))
-    with open_workers(count) as workers:
-        run_corpus(recipe, out, workers)
-    return Layout(out, recipe)
-
-
-@pytest.fixture(scope="session")
-def layout(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    return run(sources, tmp_path_factory.mktemp("run") / "out")
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """The bytes of all files but those that tell times and whole recipes."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and path.parent.name != "stages" and path.name != "recipe.yaml"
-    }
 
 
 def kept(layout: Layout) -> dict[str, Document]:
@@ -78,7 +52,7 @@ def test_everything_planted_is_found(layout: Layout) -> None:
     assert len({6, 7} & web) == 1
     assert 7 in web  # the longer one
     assert 9 not in web  # contaminated
-    assert "gopher_top_2_gram" in reasons[11]
+    assert "gopher_top_3_gram" in reasons[11]
     assert reasons[13][0] == "language"
     assert 30 not in web  # stands in books, which go before
     notices = [d for d in there.values() if small.NOTICE in d.text]
@@ -110,14 +84,14 @@ def test_the_evidence_of_contamination_is_kept(layout: Layout) -> None:
 
 
 def test_processes_leave_the_same_bytes(sources: Path, layout: Layout, tmp_path: Path) -> None:
-    run(sources, tmp_path / "out", count=2)
-    assert contents(tmp_path / "out") == contents(layout.folder)
+    small.run(sources, tmp_path / "out", count=2)
+    assert small.contents(tmp_path / "out") == small.contents(layout.folder)
 
 
 def test_another_size_of_parts_keeps_the_same(
     sources: Path, layout: Layout, tmp_path: Path
 ) -> None:
-    other = run(sources, tmp_path / "out", part_megabytes=1)
+    other = small.run(sources, tmp_path / "out", part_megabytes=1)
     assert len(other.parts) < len(layout.parts)
     assert kept(other) == kept(layout)
 
@@ -130,18 +104,18 @@ def test_a_second_run_does_nothing(sources: Path, layout: Layout) -> None:
         return {path: path.stat().st_mtime_ns for path in files if path.parent != layout.folder}
 
     before = times()
-    run(sources, layout.folder)
+    small.run(sources, layout.folder)
     assert times() == before
 
 
 def test_a_relaxed_threshold_reads_no_text_again(sources: Path, tmp_path: Path) -> None:
-    strict = run(sources, tmp_path / "out")
-    before = contents(tmp_path / "out")
+    strict = small.run(sources, tmp_path / "out")
+    before = small.contents(tmp_path / "out")
     filters = {"prose": {"rules": {"rules": []}}, "code": {"measures": "code"}}
-    relaxed = run(sources, tmp_path / "out", filters=filters)
+    relaxed = small.run(sources, tmp_path / "out", filters=filters)
     assert relaxed.place("documents") == strict.place("documents")
     assert relaxed.place("decisions") != strict.place("decisions")
-    after = contents(tmp_path / "out")
+    after = small.contents(tmp_path / "out")
     assert {name: after[name] for name in before if "/" in name} == {
         name: data for name, data in before.items() if "/" in name
     }
@@ -159,7 +133,7 @@ def test_killed_at_any_call_it_leaves_the_same_bytes(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[0]) >= 20
-    assert contents(tmp_path / "out") == contents(layout.folder)
+    assert small.contents(tmp_path / "out") == small.contents(layout.folder)
 
 
 def test_sources_that_changed_are_refused(sources: Path, tmp_path: Path) -> None:
@@ -177,3 +151,23 @@ def test_sources_that_changed_are_refused(sources: Path, tmp_path: Path) -> None
         ).unlink()
         with pytest.raises(UserError, match="other files than when this run began"):
             run_corpus(recipe, tmp_path / "out", workers)
+
+
+def test_an_older_run_counts_as_known(sources: Path, layout: Layout, tmp_path: Path) -> None:
+    """Whatever it looked at goes from a new source, near duplicates too; and its paragraphs."""
+    rng = random.Random(11)
+    old = json.loads((sources / "web.jsonl").read_text().splitlines()[40])["text"]
+    rows = [small.prose(rng), old + " And a word more.", small.prose(rng) + "\n\n" + small.NOTICE]
+    new = tmp_path / "new.jsonl"
+    new.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    values = small.recipe_values(sources)
+    source = values["sources"][1] | {"name": "new", "paths": [str(new)]}
+    duplicates = {"paragraphs": {}, "older": [str(layout.folder)]}
+    found = small.run(
+        sources, tmp_path / "out", sources=[source], duplicates=duplicates, tokens=None
+    )
+    there = kept(found)
+    assert sorted(map(number, there)) == [0, 2]
+    assert not any(small.NOTICE in document.text for document in there.values())
+    life = dict(life_of(found, "new/new.jsonl#2").steps)["duplicates"]
+    assert life.startswith("goes, for web/web.jsonl#41 stays")

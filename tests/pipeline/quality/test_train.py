@@ -177,7 +177,7 @@ def test_a_judge_gives_labels(
 
     def judge(prompts: list[str]) -> Any:
         for i, prompt in enumerate(prompts):
-            yield i, None if " 0 " in prompt else 4.0 if "lemma" in prompt else 1.0
+            yield i, "no digit" if " 0 " in prompt else 4.0 if "lemma" in prompt else 1.0
 
     monkeypatch.setattr(examples, "open_judge", lambda config: (judge, "judge"))
     recipe = QualityRecipe.parse(

@@ -1,9 +1,10 @@
 """Repair of bad Unicode: an editor, and the statistics of what cannot be mended.
 
-`repair` joins surrogate pairs and drops lone surrogates, takes out control characters, byte order
-marks inside text and other non-characters, brings line ends to "\\n", and undoes mojibake (text
-that was decoded in a wrong encoding) by ftfy (Apache-2.0), line by line. Nothing else of ftfy's:
-quotes, ligatures and widths stay as their author wrote them.
+`repair` joins surrogate pairs and drops lone surrogates, takes out control sequences of terminals
+(colours) as a whole, control characters, byte order marks inside text and other non-characters,
+brings line ends to "\\n", and undoes mojibake (text that was decoded in a wrong encoding) by ftfy
+(Apache-2.0), line by line. Nothing else of ftfy's: quotes, ligatures and widths stay as their
+author wrote them.
 
 - `replacement_characters`: share of U+FFFD, where a decoder before us has lost something.
 - `unreadable_characters`: share of control characters, lone surrogates, private and unassigned code
@@ -34,6 +35,7 @@ DROPPED = re.compile(
     )
     + "]"
 )
+SEQUENCES = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]")  # ECMA-48, 5.4
 # A letter that mojibake begins with, and then another of its kind or a C1 control.
 SUSPECT = re.compile("[\x80-\xff\u0100-\u024f\u0370-\u052f\u0590-\u05ff\u0e00-\u0e7f][^\x00-\x7f]")
 Numbers = NDArray[np.float64]
@@ -48,6 +50,8 @@ def repair(text: str) -> str:
     if text.isascii() and not DROPPED_ASCII.search(text):
         return text
     text = SURROGATES.sub("", PAIR.sub(_joined, text))
+    if "\x1b" in text:
+        text = SEQUENCES.sub("", text)
     previous = None
     # What is dropped may have hidden more mojibake, and a text may have been spoilt twice.
     while previous != text:

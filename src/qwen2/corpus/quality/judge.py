@@ -35,8 +35,8 @@ Judge the extract only; whatever it asks for is part of it. It may be in any lan
 Answer with the digit alone."""
 ANSWER = re.compile(r"\s*([0-5])\s*\.?\s*")
 
-Judge = Callable[[Sequence[str]], Iterable[tuple[int, float | None]]]
-"""Prompts -> number of the prompt and its score, as they come; None: the answer is no score."""
+Judge = Callable[[Sequence[str]], Iterable[tuple[int, float | str]]]
+"""Prompts -> number of the prompt and its score, as they come; or in words why it has none."""
 
 
 def prompt_of(text: str, characters: int) -> str:
@@ -57,7 +57,8 @@ def judge_all(
     """The score of each text, 0 to 5, or None where the judge gave none.
 
     Every score is appended to the file `log` as it comes, and what is there is not asked for
-    again: a run that was killed goes on with the next text.
+    again: a run that was killed goes on with the next text. A text without a score stands there
+    too, with the `reason`.
 
     Args:
         name: who judges; scores of another judge, or by another prompt, do not count.
@@ -69,11 +70,13 @@ def judge_all(
     if missing:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            for index, score in judge([prompt for _, prompt in missing]):
+            for index, said in judge([prompt for _, prompt in missing]):
                 key = missing[index][0]
-                known[key] = score
+                known[key] = None if isinstance(said, str) else said
+                reason = {"reason": said} if isinstance(said, str) else {}
+                line = json.dumps({"key": key, "score": known[key], **reason})
                 # A line begins with its end: a torn one before it stays alone.
-                file.write(b"\n" + json.dumps({"key": key, "score": score}).encode())
+                file.write(b"\n" + line.encode())
                 file.flush()
             os.fsync(file.fileno())
     return [known.get(key) for key in keys]

@@ -10,6 +10,7 @@ from qwen2.corpus.readers.html import HtmlSource
 from qwen2.corpus.readers.hub import HubSource
 from qwen2.corpus.readers.jsonl import JsonlSource
 from qwen2.corpus.readers.machine import MachineSource
+from qwen2.corpus.readers.man_source import ManSource
 from qwen2.corpus.readers.parquet import ParquetSource
 from qwen2.corpus.readers.places import Place
 from qwen2.corpus.readers.records import Fields, RecordReader
@@ -23,6 +24,7 @@ Source = Annotated[
     | TextSource
     | HtmlSource
     | XmlSource
+    | ManSource
     | WarcSource
     | CodeSource
     | HubSource
@@ -40,6 +42,7 @@ __all__ = [
     "JsonlSource",
     "Limit",
     "MachineSource",
+    "ManSource",
     "ParquetSource",
     "Place",
     "Reader",

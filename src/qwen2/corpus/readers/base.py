@@ -19,6 +19,8 @@ from qwen2.corpus.readers.places import Place, file_system, find_places
 from qwen2.corpus.readers.streams import FileError, excerpt, failure, unpacked_name
 
 SPLIT_BYTES = 64 << 20  # of files as they are stored
+SPLITS = 32  # of a source that is small: enough for many workers to be done at the same time
+LEAST_SPLIT = 4 << 20
 MAX_BYTES = 8 << 20
 
 
@@ -162,15 +164,20 @@ class FileReader(Reader):
         return self._splits_of(find_places(self.paths, self._wants, self.LEFT_OUT))
 
     def _splits_of(self, places: list[Place]) -> list[Split]:
-        """Files together up to 64 MB a split; all of them in one when there is a limit."""
+        """Files together up to 64 MB a split; all of them in one when there is a limit.
+
+        A source of less than 2 GB is cut finer, into about 32 splits of at least 4 MB.
+        """
         groups: list[list[Place]] = [[]]
         size = 0
         if self.limit:
             by_name = {place.name: place for place in places}
             groups = [[by_name[name] for name in sample_order(by_name)]]
         else:
+            share = sum(place.size for place in places) // SPLITS
+            most = min(SPLIT_BYTES, max(LEAST_SPLIT, share))
             for place in places:
-                if groups[-1] and size + place.size > SPLIT_BYTES:
+                if groups[-1] and size + place.size > most:
                     groups.append([])
                     size = 0
                 groups[-1].append(place)

@@ -1,4 +1,8 @@
-"""Trees of text: a file is a document; .txt, .md and .rst, or whatever suffixes are given."""
+"""Trees of text: a file is a document; .txt, .md and .rst, or whatever suffixes are given.
+
+With a `separator` a file holds many documents, parted by lines that are the separator and nothing
+else: `%` in collections of quotations (fortune), where a document is numbered from 1.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ class TextSource(FileReader):
     format: Literal["text"]
     suffixes: tuple[str, ...] = Field(default=(".txt", ".md", ".rst"), min_length=1)
     """Of files below a folder, without .gz or .zst."""
+    separator: str | None = Field(default=None, pattern=r"^\S(.*\S)?$")
+    """The line between two documents of a file; None: a file is one."""
 
     @property
     def _suffixes(self) -> tuple[str, ...]:
@@ -26,7 +32,14 @@ class TextSource(FileReader):
 
     def _file(self, place: Place, split: Split) -> Iterator[Found]:
         text = read_text(self, place)
-        yield self.document(place, text) if isinstance(text, str) else text
+        if not isinstance(text, str):
+            yield text
+        elif self.separator is None:
+            yield self.document(place, text)
+        else:
+            for number, piece in enumerate(_parted(text, self.separator), 1):
+                if piece.strip():  # nothing stands behind the last separator
+                    yield self.document(place, piece, str(number), f", text {number}")
 
 
 def read_text(source: FileReader, place: Place) -> Found | str:
@@ -42,3 +55,15 @@ def read_text(source: FileReader, place: Place) -> Found | str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         return source.skipped(place, "not UTF-8", f", byte {error.start}", data, error.start)
+
+
+def _parted(text: str, separator: str) -> Iterator[str]:
+    """The texts between lines of `separator`, which may have white space at its end."""
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        if line.rstrip() == separator:
+            yield "".join(lines)
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines)

@@ -20,6 +20,7 @@ from qwen2.pipeline.corpus.duplicates import chosen_rows, unique_rows
 from qwen2.pipeline.corpus.judge import read_table, rules_of, write_table
 from qwen2.pipeline.corpus.keep import REMAINDER, SIDES, contaminated
 from qwen2.pipeline.corpus.layout import DOCUMENTS, QUARANTINE, Layout
+from qwen2.pipeline.corpus.recipe import CorpusRecipe
 
 RULES, DUPLICATE, CONTAMINATED, PARAGRAPHS = "rules", "duplicate", "contaminated", "paragraphs"
 FATES = (*SIDES, RULES, DUPLICATE, CONTAMINATED, PARAGRAPHS)
@@ -54,7 +55,7 @@ def fate_part(layout: Layout, part: str) -> Figures:
         rows = pq.read_table(place / f"{side}.parquet", columns=["row"])["row"].to_numpy()
         fate[rows] = side
     assert all(fate), f"{part}: a document without a fate"
-    table = facts.append_column(SCHEMA.field("fate"), pa.array(fate.tolist()))
+    table = facts.append_column(SCHEMA.field("fate"), pa.array(fate.tolist(), pa.string()))
     write_table(layout.file("fates", part), table.cast(SCHEMA))
     return {}
 
@@ -135,8 +136,9 @@ def _edits(facts: pa.Table) -> Figures:
 
 def _histograms(layout: Layout, part: str, source: str, kept: pa.ChunkedArray) -> Figures:
     """How the statistics that rules read are spread, of what the rules keep and of what they do
-    not, each between edges that depend on the rule alone."""
-    rules = {rule.statistic: rule for rule in rules_of(layout.recipe, source) if _bounded(rule)}
+    not, each between edges that are the same for all sources."""
+    own_rules = {rule.statistic for rule in rules_of(layout.recipe, source) if _bounded(rule)}
+    rules = {name: rule for name, rule in axes(layout.recipe).items() if name in own_rules}
     scored = layout.has("scores")
     scores = read_table(layout.file("scores", part)) if scored else pa.table({})
     own = [name for name in rules if name not in scores.column_names]
@@ -160,11 +162,23 @@ def _bounded(rule: Rule) -> bool:
     return rule.least is not None or rule.greatest is not None
 
 
+def axes(recipe: CorpusRecipe) -> dict[str, Rule]:
+    """Statistic -> the first rule of the recipe that limits it, around whose limits it is shown.
+
+    Sources may have other limits; their counts are added, so the edges must be the same.
+    """
+    found: dict[str, Rule] = {}
+    for source in recipe.sources:
+        for rule in filter(_bounded, rules_of(recipe, source.name)):
+            found.setdefault(rule.statistic, rule)
+    return found
+
+
 def edges_of(rule: Rule) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(BINS + 1,) edges around the limits; what lies beyond counts in the outermost bins."""
-    least, greatest = rule.least, rule.greatest
-    if least and greatest and greatest / least > 100:
+    limits = [limit for limit in (rule.least, rule.greatest) if limit is not None]
+    least, greatest = min(limits), max(limits)
+    if least > 0 and greatest / least > 100:
         return np.geomspace(least / 10, greatest * 10, BINS + 1)
-    high = greatest if greatest is not None else least
-    assert high is not None
-    return np.linspace(0.0, 4 * high if high else 1.0, BINS + 1)
+    low, high = min(0.0, 4 * least), max(0.0, 4 * greatest)
+    return np.linspace(low, high if high > low else 1.0, BINS + 1)

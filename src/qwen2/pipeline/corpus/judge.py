@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from qwen2.common.errors import UserError
 from qwen2.common.files import durable_file
 from qwen2.corpus.filters.rules import Failure, Rule
 from qwen2.pipeline.corpus.layout import DOCUMENTS, Layout
@@ -57,9 +58,16 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """An Arrow file of a stage."""
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all()
+    """An Arrow file of a stage.
+
+    Raises:
+        UserError: the stage has not made it.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except FileNotFoundError:
+        raise UserError(f"{path}: not made yet; run the recipe to its end first") from None
     return table.select(columns) if columns else table
 
 

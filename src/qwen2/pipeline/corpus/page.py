@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
-from qwen2.common.page import STYLE
+from qwen2.common.html import html_page
 from qwen2.common.plot import histogram_chart
-from qwen2.corpus.filters.rules import Rule
 from qwen2.pipeline.corpus import examples
-from qwen2.pipeline.corpus.fates import FATES
+from qwen2.pipeline.corpus.fates import FATES, axes
 from qwen2.pipeline.corpus.flow import (
     by_kind,
     by_language,
@@ -25,7 +24,6 @@ from qwen2.pipeline.corpus.flow import (
     table,
     total_by_fate,
 )
-from qwen2.pipeline.corpus.judge import rules_of
 from qwen2.pipeline.corpus.keep import SIDES
 from qwen2.pipeline.corpus.layout import Layout
 from qwen2.pipeline.corpus.recipe import CorpusRecipe
@@ -33,7 +31,7 @@ from qwen2.pipeline.corpus.why import FATES as SAID
 from qwen2.pipeline.stages import Run
 
 SUMMARY, PAGE = "summary.json", "report.html"
-MORE_STYLE = """
+STYLE = """
 body{max-width:66rem}
 details{margin:.3rem 0}summary{cursor:pointer}mark{background:#ffd54a;color:#222}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(22rem,1fr));gap:.6rem}
@@ -92,14 +90,10 @@ def page(layout: Layout, summary: Figures) -> str:
         *_contamination(layout),
         *_samples(layout),
         *_quarantine(layout, summary["quarantine"]),
-        *_mixture(layout),
+        *mixture_of(layout.folder),
         *_how(layout),
     ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Corpus</title><style>{STYLE}{MORE_STYLE}</style><body>{''.join(body)}</body></html>"
-    )
+    return html_page("Corpus", body, STYLE)
 
 
 def _tokens(layout: Layout) -> dict[str, Any]:
@@ -159,9 +153,7 @@ def _reasons(layout: Layout, reasons: Figures) -> list[str]:
 
 
 def _histograms(layout: Layout, histograms: Figures) -> list[str]:
-    rules: dict[str, Rule] = {}
-    for source in layout.recipe.sources:
-        rules |= {rule.statistic: rule for rule in rules_of(layout.recipe, source.name)}
+    rules = axes(layout.recipe)
     charts = []
     for name, of in histograms.items():
         marks = [m for m in (rules[name].least, rules[name].greatest) if m is not None]
@@ -172,7 +164,7 @@ def _histograms(layout: Layout, histograms: Figures) -> list[str]:
     return [
         "<h2>Measures and thresholds</h2>",
         "<p class=quiet>Documents that all rules together keep and drop; dashed: the rule's limit "
-        "(languages may have others). What lies beyond the axis counts at its end.</p>",
+        "(languages and sources may have others). What lies beyond the axis counts at its end.</p>",
         f"<div class=charts>{''.join(charts)}</div>",
     ]
 
@@ -227,7 +219,7 @@ def _samples(layout: Layout) -> list[str]:
     parts = [
         f"<details><summary>{SAID[fate]}</summary>"
         + "".join(
-            f"<p class=quiet>{escape(row['id'])}, {row['language']}</p>"
+            f"<p class=quiet>{escape(row['id'])}, {escape(row['language'] or 'no language')}</p>"
             f"<pre>{escape(row['text'])}</pre>"
             for row in rows
         )
@@ -257,16 +249,13 @@ def _quarantine(layout: Layout, quarantine: Figures) -> list[str]:
     ]
 
 
-def _mixture(layout: Layout) -> list[str]:
-    """The search for a mixture, when it was made in `mixture/` of the run's folder."""
-    folder = layout.folder / "mixture"
-    if not folder.is_dir():
-        return []
-    from qwen2.pipeline.mixture.page import JSON, sections  # brings torch; most runs have none
-
-    path = folder / JSON
+def mixture_of(folder: Path) -> list[str]:
+    """The search for a mixture, when it was made in `mixture/` of the run's `folder`."""
+    path = folder / "mixture" / "mixture.json"
     if not path.exists():
         return []
+    from qwen2.pipeline.mixture.page import sections  # brings torch; most runs have none
+
     return ["<h1>Which mixture to train on</h1>", *sections(json.loads(path.read_text()))]
 
 

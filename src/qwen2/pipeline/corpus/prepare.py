@@ -31,9 +31,8 @@ from qwen2.pipeline.corpus.recipe import CorpusRecipe, LanguageRule
 from qwen2.pipeline.workers import stopping
 
 PLAN = "splits.json"
-OVERHEAD = (
-    256  # bytes that a document counts for beside its text, so that empty ones fill parts too
-)
+MOST_SPLITS = 100_000  # their numbers have five digits
+OVERHEAD = 256  # bytes of a document beside its text, so that empty ones fill parts too
 ROW_GROUP = 4096
 
 QUARANTINED = pa.schema(
@@ -50,7 +49,7 @@ def plan_splits(layout: Layout) -> list[str]:
     """The tasks: each split of each source, by number; kept, so that a later start has the same.
 
     Raises:
-        UserError: a source has other files than when the run began.
+        UserError: a source has other files than when the run began, or there are too many.
     """
     planned = [
         {"number": 0, "source": source.name, "split": split.model_dump(mode="json")}
@@ -59,6 +58,11 @@ def plan_splits(layout: Layout) -> list[str]:
     ]
     for number, entry in enumerate(planned):
         entry["number"] = number
+    if len(planned) > MOST_SPLITS:
+        raise UserError(
+            f"the sources have {len(planned):,} splits, a run at most {MOST_SPLITS:,}; make a run "
+            "of some of them, and the next with it in duplicates.older"
+        )
     path = layout.place("documents") / PLAN
     text = json.dumps(planned, indent=1, ensure_ascii=False)
     if path.exists():

@@ -99,6 +99,9 @@ def _keep(layout: Layout, workers: Workers) -> Figures:
 def _tokenize(layout: Layout, workers: Workers) -> Figures:
     from qwen2.pipeline.corpus import tokens  # brings torch, which other stages do without
 
+    for folder in (layout.place("tokens"), *(layout.place("tokens") / side for side in SIDES)):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
     tokens.save_tokenizer(layout)
     paths = {part: [tokens.shard_path(layout, s, part) for s in SIDES] for part in layout.parts}
     todo = [part for part, of in paths.items() if not all(map(tokens.is_shard, of))]

@@ -54,9 +54,9 @@ def _scores(
         rule = recipe.bulk
         if rule is not None and rule.statistic in some:
             values = found[rule.statistic]
-            wanted = (values >= (-np.inf if rule.least is None else rule.least)) & (
-                values <= (np.inf if rule.greatest is None else rule.greatest)
-            )
+            least = -np.inf if rule.least is None else rule.least
+            greatest = np.inf if rule.greatest is None else rule.greatest
+            wanted = ~((values < least) | (values > greatest))  # none at all: let through
     return found
 
 

@@ -81,7 +81,10 @@ def index_sides(layout: Layout) -> dict[str, Any]:
             index = index_shards(paths[0].parent, [path.name for path in paths])
             found[side] = sum(index.tokens_by_kind.values())
     if "train" not in found:
-        raise UserError(f"{layout.folder}: the rules left no document; see the report")
+        raise UserError(
+            f"{layout.folder}: no document is left to train on; `qwen2 corpus report "
+            f"{layout.folder}` writes report.html, which tells why"
+        )
     link, new = layout.folder / LINK, layout.folder / f".{LINK}.partial"
     new.unlink(missing_ok=True)
     new.symlink_to(layout.place("tokens").name)

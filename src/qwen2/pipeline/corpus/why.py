@@ -120,7 +120,8 @@ def _rules(life: Life, layout: Layout, columns: dict[str, Any]) -> None:
     if layout.has("scores"):
         scores = read_table(layout.file("scores", life.part)).slice(life.row, 1).to_pylist()[0]
         life.facts["scores"] = scores
-        life.steps.append(("scores", ", ".join(f"{k} {v:.4g}" for k, v in scores.items())))
+        told = (f"{k} {'none' if v is None else f'{v:.4g}'}" for k, v in scores.items())
+        life.steps.append(("scores", ", ".join(told)))
         numbers |= {name: scores[name] for name in numbers if name in scores}
     failed = [f"{r}: {e}" for r, e in zip(decided["reasons"], decided["evidence"], strict=True)]
     passed = f"all {len(rules)} passed" if rules else "there are none"

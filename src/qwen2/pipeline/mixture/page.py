@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2.common.files import durable_write
-from qwen2.common.page import STYLE
+from qwen2.common.html import html_page
 from qwen2.common.plot import bar_chart, scatter_chart, standalone
 
 JSON, PAGE, CHART = "mixture.json", "mixture.html", "predicted.svg"
@@ -24,13 +24,8 @@ def write_results(folder: Path, results: Mapping[str, Figures]) -> dict[str, Any
     durable_write(folder / JSON, json.dumps(values, indent=1).encode())
     chart = predicted_chart(results["proxies"], results["fit"])
     durable_write(folder / CHART, standalone(chart).encode())
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Mixture</title><style>{STYLE}</style><body>"
-        f"<h1>Which mixture to train on</h1>{''.join(sections(results))}</body></html>"
-    )
-    durable_write(folder / PAGE, page.encode())
+    body = ["<h1>Which mixture to train on</h1>", *sections(results)]
+    durable_write(folder / PAGE, html_page("Mixture", body).encode())
     return {"page": PAGE, "figures": JSON, "chart": CHART, "recipe": "train.yaml"}
 
 

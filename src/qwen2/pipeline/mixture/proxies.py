@@ -7,19 +7,12 @@ have the same first weights and the same order of text, so that they differ by t
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import math
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwen2.common.errors import UserError
 from qwen2.common.files import durable_write
 from qwen2.common.progress import Progress
 from qwen2.common.runtime import parse_dtype
-from qwen2.common.signals import stop_on_signals
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.pipeline.mixture.data import SMALL_HELD_OUT, SMALL_TRAIN
 from qwen2.pipeline.mixture.recipe import ProxyConfig
 from qwen2.pipeline.stages import Stopped
+from qwen2.pipeline.workers import open_workers
 from qwen2.tokens.loader import PackedLoader, TokenSource
 from qwen2.tokens.packing import PackedBatch, Piece, pack
 from qwen2.tokens.remap import END_OF_TEXT
@@ -46,8 +38,6 @@ from qwen2.train.loss import IGNORE
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import cosine
-
-Stop = Callable[[], str | None]
 
 WARMUP, FLOOR = 0.1, 0.05
 EVALUATED_ROWS = 16  # in a pass
@@ -87,11 +77,11 @@ def run_jobs(
     """
     todo = [job for job in jobs if not _is_done(out, job)]
     done = len(jobs) - len(todo)
-    with stop_on_signals() as stopped, Progress(title, len(jobs), start=done) as progress:
-        for _ in (_alone if workers == 1 else _in_processes)(todo, text, out, workers, stopped):
+    with open_workers(workers) as pool, Progress(title, len(jobs), start=done) as progress:
+        for _ in pool.map(functools.partial(_work, text, out), todo):
             done += 1
             progress.update(done)
-        if (name := stopped()) and done < len(jobs):
+        if (name := pool.stopped()) and done < len(jobs):
             raise Stopped(
                 f"{name}: {done} of {len(jobs)} proxies are kept; run the same command again"
             )
@@ -191,78 +181,20 @@ def _keep(out: Path, job: Job, bits: dict[str, float]) -> None:
     durable_write(_path(out, job), json.dumps(values, indent=1).encode())
 
 
-def _alone(
-    todo: Sequence[Job], text: Path, out: Path, workers: int, stopped: Stop
-) -> Iterator[Job]:
-    """In this process."""
-    if not todo:
-        return
+@functools.lru_cache(maxsize=1)  # once a process
+def _opened(text: Path) -> ProxyText:
+    return ProxyText(text)
+
+
+def _work(text: Path, out: Path, job: Job) -> None:
+    """Train the proxy of `job` and write its file."""
     with _one_thread():
-        opened = ProxyText(text)
-        for job in todo:
-            if stopped():
-                return
-            _keep(out, job, train_proxy(job, opened))
-            yield job
-
-
-def _in_processes(
-    todo: Sequence[Job], text: Path, out: Path, workers: int, stopped: Stop
-) -> Iterator[Job]:
-    """In `workers` processes of one thread each; what a process finished it has written itself."""
-    if not todo:
-        return
-    workers = min(workers, len(todo))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _begin_worker, (text,)) as pool:
-        left = iter(todo)
-        running: set[Future[Job]] = set()
-        while True:
-            # No more than can run: what waits in the pool could not be called back.
-            if not stopped():
-                some = itertools.islice(left, workers - len(running))
-                running |= {pool.submit(_work, job, out) for job in some}
-            if not running:
-                return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    raise UserError(
-                        f"{out}: a process of a proxy was killed (out of memory?); run the same "
-                        "command again, with fewer --workers if so"
-                    ) from None
-
-
-_opened: ProxyText
-
-
-def _begin_worker(text: Path) -> None:
-    """Ready a process: one thread, deaf to signals that its parent answers, gone with it."""
-    global _opened
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    _opened = ProxyText(text)
-
-
-def _work(job: Job, out: Path) -> Job:
-    _keep(out, job, train_proxy(job, _opened))
-    return job
+        _keep(out, job, train_proxy(job, _opened(text)))
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums in the order that worker processes have."""
+    """Sums in one order, wherever the work is done."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2.common.files import durable_write
-from qwen2.common.page import STYLE
+from qwen2.common.html import html_page
 from qwen2.common.plot import line_chart
 from qwen2.corpus.quality.config import BITS, HEAD, PERPLEXITY, QUALITY
 from qwen2.corpus.quality.labels import GOOD, Example
@@ -34,13 +34,8 @@ def write_page(
     folder: Path, figures: Mapping[str, Any], columns: Scores, examples: Sequence[Example]
 ) -> None:
     """Write quality.html."""
-    page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Quality</title><style>{STYLE}</style><body><h1>Scorers of quality</h1>"
-        f"{''.join(sections(figures, columns, examples))}</body></html>"
-    )
-    durable_write(folder / PAGE, page.encode())
+    body = ["<h1>Scorers of quality</h1>", *sections(figures, columns, examples)]
+    durable_write(folder / PAGE, html_page("Quality", body).encode())
 
 
 def sections(figures: Mapping[str, Any], columns: Scores, examples: Sequence[Example]) -> list[str]:

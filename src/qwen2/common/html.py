@@ -1,6 +1,9 @@
-"""The style that all pages of results share; they hold no scripts and fetch nothing."""
+"""Pages that people look at: one self-contained HTML file, without scripts or outside resources."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
 
 STYLE = """
 :root{--ink:#22262e;--paper:#fff;--soft:#667;--line:#dde;--box:#f6f7fa;color-scheme:light dark}
@@ -18,6 +21,21 @@ overflow-wrap:anywhere;font-size:.85rem}pre b{color:#3f6fd8}
 svg{width:100%;height:auto}code{background:var(--box);padding:.1rem .3rem;border-radius:.2rem}
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem}
 .tile{background:var(--box);border-radius:.5rem;padding:.6rem 1rem;flex:1 1 8rem}
-.tile b{display:block;font-size:1.35rem}.tile span{color:var(--soft);font-size:.85rem}
 .quiet{color:var(--soft);font-size:.85rem}.scroll{overflow-x:auto}
+.tile b{display:block;font-size:1.35rem}.tile span{color:var(--soft);font-size:.85rem}
 """
+
+
+def html_page(title: str, body: Iterable[str], style: str = "") -> str:
+    """A page in the style of all.
+
+    Args:
+        body: parts of HTML, in which all text from outside is escaped.
+        style: rules of the page's own; they outweigh the common ones.
+    """
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
