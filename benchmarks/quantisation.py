@@ -1,6 +1,6 @@
 """What storing weights in fewer bits costs: bytes, bits per byte, KL to bf16, equal first choices.
 
-Text: beginnings of documents of this machine (see corpus/collect.py) that share nothing with those
+Text: beginnings of documents of this machine (see corpus/machine.py) that share nothing with those
 that int4 was calibrated on, as many of each kind. KL(bf16 || quantised) is the mean over tokens, in
 nats; top-1 is how often the likeliest token is that of bf16. GGUF files are read by this package,
 into bf16; those that the export can write are made here, others are named by --gguf.

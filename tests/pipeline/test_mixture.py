@@ -312,8 +312,9 @@ def test_paired_gain_by_hand() -> None:
     ("change", "said"),
     [
         ({"law": "lightgbm"}, "needs 257 proxies"),
+        ({"shards": None, "corpus": {"recipe": "corpus/laptop", "tokens": None}}, "proxies read"),
         ({"vocabulary": 280}, "vocab_size 262 is not vocabulary 280"),
-        ({"corpus": {}}, "give either corpus .* or shards"),
+        ({"corpus": {"recipe": "corpus/laptop"}}, "give either corpus .* or shards"),
         ({"proxy_model": 1}, "unknown key 'proxy_model'"),
         ({"experiment": "mixtures"}, "did you mean 'mixture'"),
         ({"seeds": 2}, "seeds"),

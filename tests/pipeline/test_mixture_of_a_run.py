@@ -19,10 +19,7 @@ from qwen2.pipeline.stages import run_stages
 from qwen2.pipeline.workers import open_workers
 from qwen2.tokens.shards import Shards
 
-WORDS = {
-    "verse": ["to", "see", "a", "world", "in", "a", "grain", "of", "sand"],
-    "sums": ["1", "+", "2", "=", "3", ";", "4", "-", "1"],
-}
+WORDS = {"verse": list("abcdefgh"), "sums": list("0123456+=")}
 MODEL = {
     "vocab_size": 400,
     "hidden_size": 16,
@@ -61,7 +58,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     folder = tmp_path_factory.mktemp("corpus")
     values = corpus_values(folder)
     labels = np.array([1.0, 0.0] * 10)
-    Linear.fit(["a grain of sand", "3 ; 4 = 1"] * 10, labels).save(folder / "linear")
+    Linear.fit(["a b c d e f g h", "1 + 2 = 3"] * 10, labels).save(folder / "linear")
     recipe = CorpusRecipe.parse(values)
     with open_workers(1) as workers:
         run_corpus(recipe, folder / "run", workers)
@@ -118,9 +115,9 @@ def test_both_sets_come_of_the_stored_scores(layout: Layout, tmp_path: Path) -> 
 
 
 def test_scores_of_another_run_are_refused(layout: Layout, tmp_path: Path) -> None:
-    """Parts are called alike in every run, and this one has the same documents a row later."""
-    values = corpus_values(tmp_path, first='{"text": "This one is new."}\n', tokens=None)
-    Linear.fit(["a grain of sand", "3 ; 4 = 1"], np.array([1.0, 0.0])).save(tmp_path / "linear")
+    """Parts are called alike in every run, and here every id stands a row earlier."""
+    values = corpus_values(tmp_path, first="not JSON\n", tokens=None)
+    Linear.fit(["a b c d e f g h", "1 + 2 = 3"], np.array([1.0, 0.0])).save(tmp_path / "linear")
     with open_workers(1) as workers:
         run_corpus(CorpusRecipe.parse(values), tmp_path / "run", workers)
     shards = GivenShards.parse({"run": layout.folder})

@@ -163,7 +163,7 @@ def test_a_second_start_does_nothing_again(run: QuickRun) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("corpus.megabytes={prosa: 1}", "no source is 'prosa'; there are code, docstrings"),
+        ("corpus.megabytes={prosa: 1}", "no source is called 'prosa'; there are code, docstrings"),
         ("corpus.recipe=corpus/labtop", "did you mean 'corpus/laptop'"),
         ("corpus.tokens={tokenizer: qwen2}", "corpus.tokens must be null"),
         ("corpus.held_outt=0.1", "did you mean 'held_out'"),

@@ -22,6 +22,7 @@ svg{width:100%;height:auto}code{background:var(--box);padding:.1rem .3rem;border
 .tiles{display:flex;flex-wrap:wrap;gap:.8rem}
 .tile{background:var(--box);border-radius:.5rem;padding:.6rem 1rem;flex:1 1 8rem}
 .quiet{color:var(--soft);font-size:.85rem}.scroll{overflow-x:auto}
+.scroll th,.scroll td{padding:.25rem .35rem}
 .tile b{display:block;font-size:1.35rem}.tile span{color:var(--soft);font-size:.85rem}
 """
 
