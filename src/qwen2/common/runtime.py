@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,12 @@ def parse_dtype(name: str) -> torch.dtype:
         return (DTYPES | long)[name]
     except KeyError:
         raise UserError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}") from None
+
+
+def training_dtype(device: torch.device) -> Literal["bf16", "fp32"]:
+    """What a small run computes fastest in: bf16, where the device has products of it."""
+    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
 
 
 def pick_device(name: str = "auto") -> torch.device:

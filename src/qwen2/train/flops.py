@@ -12,20 +12,31 @@ from qwen2.model.config import ModelConfig
 
 
 def measure_matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product: the median over about `seconds`."""
-    size = 2048
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    """FLOP/s of a square matrix product: the median over about `seconds`.
+
+    Of a small one where a large one would take too long: on a processor without instructions for
+    bf16 a product of 2,048 takes 20 s.
+    """
+    size = 256
+    while size < 2048 and 8 * _product_seconds(size, dtype, device) < seconds / 5:
+        size *= 2
     times: list[float] = []
-    a @ b  # the first call also chooses and builds the kernel
     began = time.perf_counter()
     while len(times) < 5 or time.perf_counter() - began < seconds:
-        _finish(device)
-        start = time.perf_counter()
-        a @ b
-        _finish(device)
-        times.append(time.perf_counter() - start)
+        times.append(_product_seconds(size, dtype, device))
     return 2 * size**3 / statistics.median(times)
+
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of one product of that size, the second: the first also chooses the kernel."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    a @ b
+    _finish(device)
+    start = time.perf_counter()
+    a @ b
+    _finish(device)
+    return time.perf_counter() - start
 
 
 def step_flops(config: ModelConfig, lengths: Sequence[int]) -> float:

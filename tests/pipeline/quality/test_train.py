@@ -19,7 +19,7 @@ from qwen2.cli.main import app
 from qwen2.common.errors import UserError
 from qwen2.corpus.filters.rules import Rule, Rules
 from qwen2.corpus.quality.config import Extent
-from qwen2.pipeline.mixture.threshold import _read_scores as read_scores
+from qwen2.pipeline.mixture.scores import _of_file as read_scores
 from qwen2.pipeline.quality import QualityConfig, QualityRecipe, open_scorers, train_quality
 from qwen2.pipeline.quality import train as train_module
 from qwen2.pipeline.quality.page import histograms

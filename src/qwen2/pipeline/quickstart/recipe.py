@@ -35,7 +35,8 @@ class QuickstartRecipe(Config):
     upcycle: UpcycleConfig
     lr: float = Field(gt=0)
     further_lr: float = Field(gt=0)  # of the stages that begin from the pre-trained model
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """What is computed in; auto: bf16 where the device has products of it."""
     seed: int = 0
     evaluated_kilobytes: int = Field(gt=0)  # held-out text of each kind
     watched_kilobytes: int = Field(gt=0)  # of it, scored again and again during training

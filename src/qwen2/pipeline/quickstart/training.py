@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from qwen2.common.errors import UserError
+from qwen2.common.runtime import pick_device, training_dtype
 from qwen2.evaluate.positions import nats_by_method
 from qwen2.evaluate.score import score_by_kind
 from qwen2.model.decoder import Qwen2
@@ -138,7 +139,7 @@ def mixture(run: QuickRun) -> dict[str, Any]:
 
 def _common(run: QuickRun, out: Path, steps: int, lr: float) -> dict[str, Any]:
     """The keys that all three stages fill alike; paths absolute, to be run from anywhere."""
-    folder = run.folder.resolve()
+    folder, dtype = run.folder.resolve(), run.recipe.dtype
     return {
         "data": folder / TRAIN_SHARDS,
         "tokenizer": folder / "tokenizer",
@@ -146,7 +147,7 @@ def _common(run: QuickRun, out: Path, steps: int, lr: float) -> dict[str, Any]:
         "steps": steps,
         "optimizer": AdamWConfig(lr=lr),
         "schedule": Cosine(warmup=max(1, min(100, steps // 10)), floor=0.05),
-        "dtype": run.recipe.dtype,
+        "dtype": training_dtype(pick_device()) if dtype == "auto" else dtype,
         "seed": run.recipe.seed,
         "checkpoint_every": max(1, steps // 5),
         "keep": 1,
