@@ -14,6 +14,7 @@ import yaml
 
 from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
+from qwen2.corpus.filters import unicode
 from qwen2.evaluate.positions import LABELS
 from qwen2.model.attention import PackedAttention
 from qwen2.model.hub import load
@@ -190,6 +191,7 @@ def test_without_the_extra_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
+    unicode._fixer.cache_clear()  # another test may have imported it
     monkeypatch.setattr("qwen2.pipeline.quickstart.data.available_cores", lambda: 1)
     with pytest.raises(UserError, match=r"pip install 'qwen2\[corpus\]'"):
         run_stages(STAGES[:1], tmp_path / "run", recipe())
