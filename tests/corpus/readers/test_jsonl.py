@@ -1,5 +1,6 @@
 import gzip
 import json
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -135,8 +136,9 @@ def test_any_bytes(
     good = [record for line in nonempty if (record := parsed(line)) is not None]
     assert [d.text for d in documents] == [record["text"] for record in good]
     for document, record in zip(documents, good, strict=True):
-        if "\\u" not in json.dumps(document.metadata, ensure_ascii=False):  # nothing to mend
-            expected = {k: v for k, v in record.items() if k != "text"}
+        expected = {k: v for k, v in record.items() if k != "text"}
+        both = json.dumps([document.metadata, expected], ensure_ascii=False)
+        if "\\u" not in both:  # nothing to mend
             assert repr(document.metadata) == repr(expected)  # NaN is not equal to itself
     kept = [d for d in documents if d.text.isascii()]
     write_documents(folder / "x.parquet", kept)  # metadata can be stored whatever they held
@@ -174,9 +176,9 @@ def test_splits_are_by_size_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / f"{name}.jsonl").write_bytes(LINES * (3 if name == "c" else 1))
     splits = source("jsonl", tmp_path).splits()
     assert [[place.name[0] for place in split.files] for split in splits] == [
-        ["a", "b"], ["c"], ["d", "e"],
+        ["a", "b"], ["c"], ["c"], ["d", "e"],
     ]  # fmt: skip
-    assert [split.number for split in splits] == [0, 1, 2]
+    assert [split.number for split in splits] == [0, 1, 2, 3]
 
 
 def test_a_small_source_has_work_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +218,45 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         source("jsonl")
     with pytest.raises(UserError, match="no such file or folder"):
         source("jsonl", tmp_path / "none").splits()
+
+
+PIECES = st.lists(
+    st.sampled_from([LINES, b"\n", b"\r\n", b"{", b'{"text": "' + b"x" * 400 + b'"}\n', b"[]\n"])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PIECES, min_size=1, max_size=3), st.integers(1, 900))
+@example([[b"\n\n\n"], [LINES]], 1)
+def test_a_large_file_is_cut_and_reads_as_in_one_piece(files: list[list[bytes]], most: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        contents = [b"".join(pieces) for pieces in files]
+        for number, content in enumerate(contents):
+            (Path(folder) / f"{number}.jsonl").write_bytes(content)
+        reader = source("jsonl", folder, max_bytes=300)
+        whole = read(reader)
+        assert len(reader.splits()) == 1
+        patch.setattr(base, "SPLIT_BYTES", most)
+        assert read(reader) == whole
+        for split in reader.splits():
+            size = sum(place.size for place in split.files)
+            assert split.range or size <= most
+            if split.range:
+                content = contents[int(split.files[0].name[0])]
+                longest = max(map(len, content.split(b"\n"))) + 1
+                assert split.range.last - split.range.first < most + longest
+                assert len(split.files) == 1
+
+
+def test_what_is_packed_or_remote_is_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "LEAST_SPLIT", 10)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    fsspec.filesystem("memory").pipe("/uncut/a.jsonl", LINES)
+    for path in (tmp_path, "memory://uncut"):
+        assert [split.range for split in source("jsonl", path).splits()] == [None]
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    assert len(source("jsonl", tmp_path).splits()) == 4
+    (one,) = source("jsonl", tmp_path, limit={"documents": 2}).splits()
+    assert one.range is None

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from reading import read, source
 
-from qwen2.corpus.readers import base, parquet
+from qwen2.corpus.readers import base
+from qwen2.corpus.readers.base import Range
 
 ROWS = {
     "text": [f"document {i}" for i in range(10)],
@@ -47,13 +48,14 @@ def test_a_large_file_is_cut_by_row_groups(tmp_path: Path, monkeypatch: pytest.M
     path = write(tmp_path / "a.parquet")
     write(tmp_path / "b.parquet")
     whole, _ = read(source("parquet", path))
-    for module in (base, parquet):
-        monkeypatch.setattr(module, "SPLIT_BYTES", path.stat().st_size * 7 // 10)
+    monkeypatch.setattr(base, "LEAST_SPLIT", path.stat().st_size * 7 // 10)
     splits = source("parquet", tmp_path).splits()
-    assert [(s.number, s.files[0].name, s.first, s.last) for s in splits] == [
-        (0, "a.parquet", 0, 2), (1, "a.parquet", 2, 4),
-        (2, "b.parquet", 0, 2), (3, "b.parquet", 2, 4),
-    ]  # fmt: skip
+    assert [(s.number, s.files[0].name, s.range) for s in splits] == [
+        (0, "a.parquet", Range(first=0, last=2)),
+        (1, "a.parquet", Range(first=2, last=4, records=6)),
+        (2, "b.parquet", Range(first=0, last=2)),
+        (3, "b.parquet", Range(first=2, last=4, records=6)),
+    ]
     cut, _ = read(source("parquet", path))
     assert cut == whole
 
@@ -76,9 +78,8 @@ def test_damaged_files_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.parquet").write_bytes((tmp_path / "c.parquet").read_bytes()[:-10])
     (tmp_path / "b.parquet").write_bytes(b"")
     pq.write_table(pa.table({"txt": ["a"]}), tmp_path / "d.parquet")
-    for size in (base.SPLIT_BYTES, 100):  # also where a footer is read before
-        monkeypatch.setattr(base, "SPLIT_BYTES", size)
-        monkeypatch.setattr(parquet, "SPLIT_BYTES", size)
+    for size in (base.LEAST_SPLIT, 100):  # also where a footer is read before
+        monkeypatch.setattr(base, "LEAST_SPLIT", size)
         documents, skipped = read(source("parquet", tmp_path))
         assert len(documents) == 10
         assert [(Path(s.source).name, s.reason) for s in skipped] == [

@@ -7,7 +7,7 @@ the file system says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -54,16 +54,23 @@ class Limit(Config):
                 return
 
 
+class Range(Config):
+    """A piece of a file: row groups of Parquet, bytes of JSON Lines."""
+
+    first: int
+    last: int
+    """The one behind the last."""
+    records: int = 0
+    """Lines or rows of the file before it."""
+
+
 class Split(Config):
-    """What one task reads."""
+    """What one task reads: files, or a range of one."""
 
     source: str
     number: int
     files: tuple[Place, ...]
-    first: int | None = None
-    """Of one file, the first row group; None for all of the files."""
-    last: int | None = None
-    """The row group behind the last one."""
+    range: Range | None = None
 
 
 class Reader(Config):
@@ -166,23 +173,36 @@ class FileReader(Reader):
     def _splits_of(self, places: list[Place]) -> list[Split]:
         """Files together up to 64 MB a split; all of them in one when there is a limit.
 
-        A source of less than 2 GB is cut finer, into about 32 splits of at least 4 MB.
+        A source of less than 2 GB is cut finer, into about 32 splits of at least 4 MB. A file of
+        more than that is a split of its own, or some where its format can be cut.
         """
-        groups: list[list[Place]] = [[]]
+        groups: list[tuple[list[Place], Range | None]] = [([], None)]
         size = 0
         if self.limit:
             by_name = {place.name: place for place in places}
-            groups = [[by_name[name] for name in sample_order(by_name)]]
+            groups = [([by_name[name] for name in sample_order(by_name)], None)]
         else:
             share = sum(place.size for place in places) // SPLITS
             most = min(SPLIT_BYTES, max(LEAST_SPLIT, share))
             for place in places:
-                if groups[-1] and size + place.size > most:
-                    groups.append([])
+                if place.size > most:
+                    ranges: Sequence[Range | None] = self._cut(place, most) or [None]
+                    groups += [([place], part) for part in ranges]
+                    size = place.size
+                    continue
+                if groups[-1][0] and size + place.size > most:
+                    groups.append(([], None))
                     size = 0
-                groups[-1].append(place)
+                groups[-1][0].append(place)
                 size += place.size
-        return [Split(source=self.name, number=i, files=tuple(g)) for i, g in enumerate(groups)]
+        return [
+            Split(source=self.name, number=number, files=tuple(files), range=part)
+            for number, (files, part) in enumerate(of for of in groups if of[0] or len(groups) == 1)
+        ]
+
+    def _cut(self, place: Place, most: int) -> list[Range]:
+        """Ranges of about `most` bytes that are the whole file; none when it cannot be cut."""
+        return []
 
     def _wants(self, name: str) -> bool:
         """Whether a file below a folder is taken."""

@@ -14,9 +14,9 @@ from pydantic import Field
 from qwen2.common.config import one_line
 from qwen2.common.errors import UserError
 from qwen2.corpus.files import Found
-from qwen2.corpus.readers.base import Split
-from qwen2.corpus.readers.jsonl import JsonlSource, read_jsonl
-from qwen2.corpus.readers.parquet import ParquetSource, cut_row_groups, read_parquet
+from qwen2.corpus.readers.base import Range, Split
+from qwen2.corpus.readers.jsonl import JsonlSource, line_ranges, read_jsonl
+from qwen2.corpus.readers.parquet import ParquetSource, read_parquet, row_groups
 from qwen2.corpus.readers.places import Place, find_places
 from qwen2.corpus.readers.records import RecordReader
 from qwen2.corpus.readers.streams import unpacked_name
@@ -40,9 +40,8 @@ class HubSource(RecordReader):
         paths = [f"{root}/{path}".rstrip("/") for path in self.paths]
         return self._splits_of(find_places(paths, self._wants))
 
-    def _splits_of(self, places: list[Place]) -> list[Split]:
-        """Parquet files apart from others, since large ones of them are cut."""
-        return cut_row_groups(super()._splits_of(places))
+    def _cut(self, place: Place, most: int) -> list[Range]:
+        return row_groups(place, most) if _is_parquet(place) else line_ranges(place, most)
 
     def _commit(self) -> str:
         from huggingface_hub import HfApi
@@ -57,6 +56,9 @@ class HubSource(RecordReader):
             ) from None
 
     def _file(self, place: Place, split: Split) -> Iterator[Found]:
-        if unpacked_name(place.name).lower().endswith(ParquetSource.SUFFIXES):
-            return read_parquet(self, place, split)
-        return read_jsonl(self, place)
+        read = read_parquet if _is_parquet(place) else read_jsonl
+        return read(self, place, split)
+
+
+def _is_parquet(place: Place) -> bool:
+    return unpacked_name(place.name).lower().endswith(ParquetSource.SUFFIXES)

@@ -7,7 +7,7 @@ left out, also inside structures: metadata are JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from qwen2.common.config import one_line
 from qwen2.corpus.files import Found, Skipped
-from qwen2.corpus.readers.base import SPLIT_BYTES, Split
+from qwen2.corpus.readers.base import Range, Split
 from qwen2.corpus.readers.places import Place, file_system
 from qwen2.corpus.readers.records import RecordReader, plain
 from qwen2.corpus.readers.streams import FileError, failure, open_file
@@ -33,42 +33,34 @@ class ParquetSource(RecordReader):
 
     SUFFIXES: ClassVar[tuple[str, ...]] = (".parquet", ".pq")
 
-    def _splits_of(self, places: list[Place]) -> list[Split]:
-        return cut_row_groups(super()._splits_of(places))
+    def _cut(self, place: Place, most: int) -> list[Range]:
+        return row_groups(place, most)
 
     def _file(self, place: Place, split: Split) -> Iterator[Found]:
         return read_parquet(self, place, split)
 
 
-def cut_row_groups(splits: Sequence[Split]) -> list[Split]:
-    """`splits`, those of one large Parquet file cut into ranges of row groups of about 64 MB."""
-    cut: list[Split] = []
-    for split in splits:
-        ranges: list[tuple[int | None, int | None]] = [(None, None)]
-        if len(split.files) == 1 and split.files[0].size > SPLIT_BYTES:
-            ranges = _ranges(split.files[0])
-        for first, last in ranges:
-            changes = {"number": len(cut), "first": first, "last": last}
-            cut.append(split.model_copy(update=changes))
-    return cut
-
-
-def _ranges(place: Place) -> list[tuple[int | None, int | None]]:
+def row_groups(place: Place, most: int) -> list[Range]:
+    """The file as ranges of row groups of up to `most` bytes, or of one that is larger."""
     try:
         with open_file(place.url) as file:
             footer = pq.read_metadata(file)
     except (FileError, *DAMAGE):
-        return [(None, None)]  # who reads it will say what is wrong
+        return []  # who reads it will say what is wrong
     rows = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
     bytes_a_row = place.size / max(sum(rows), 1)
-    ranges: list[tuple[int | None, int | None]] = []
-    first, size = 0, 0.0
+    starts = [0]
+    size = 0.0
     for index, count in enumerate(rows):
-        if index > first and size + count * bytes_a_row > SPLIT_BYTES:
-            ranges.append((first, index))
-            first, size = index, 0.0
+        if index > starts[-1] and size + count * bytes_a_row > most:
+            starts.append(index)
+            size = 0.0
         size += count * bytes_a_row
-    return [*ranges, (first, len(rows))]
+    ends = [*starts[1:], len(rows)]
+    return [
+        Range(first=first, last=last, records=sum(rows[:first]))
+        for first, last in zip(starts, ends, strict=True)
+    ]
 
 
 def read_parquet(source: RecordReader, place: Place, split: Split) -> Iterator[Found]:
@@ -85,9 +77,9 @@ def read_parquet(source: RecordReader, place: Place, split: Split) -> Iterator[F
             yield source.skipped(place, f"no field {source.fields.text!r}", "", known)
             return
         seen: set[bytes] = set()
-        row = sum(file.metadata.row_group(i).num_rows for i in range(split.first or 0))
-        last = file.num_row_groups if split.last is None else split.last
-        for group in range(split.first or 0, last):
+        part = split.range or Range(first=0, last=file.num_row_groups)
+        row = part.records
+        for group in range(part.first, part.last):
             following = row + file.metadata.row_group(group).num_rows
             try:
                 for batch in _batches(file, group, columns):

@@ -8,6 +8,7 @@ run stops there and goes on later, and does not put files into quarantine that a
 from __future__ import annotations
 
 import io
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -84,8 +85,8 @@ def failure(fs: Any, url: str, error: Exception) -> Exception:
     return error
 
 
-def blocks(url: str) -> Iterator[bytes]:
-    """The file's bytes, unpacked.
+def blocks(url: str, first: int = 0, last: int | None = None) -> Iterator[bytes]:
+    """The file's bytes, unpacked; of one that is not packed, those from `first` to before `last`.
 
     Raises:
         FileError: the file, or the rest of it, cannot be read; all that came before was given.
@@ -93,7 +94,7 @@ def blocks(url: str) -> Iterator[bytes]:
     """
     if url.endswith(".gz"):
         return _gunzip(_stored(url))
-    return _unzstd(_stored(url)) if url.endswith(".zst") else _stored(url)
+    return _unzstd(_stored(url)) if url.endswith(".zst") else _stored(url, first, last)
 
 
 def read_whole(url: str, limit: int) -> bytes:
@@ -111,13 +112,16 @@ def read_whole(url: str, limit: int) -> bytes:
     return bytes(data)
 
 
-def lines(stream: Iterable[bytes], limit: int) -> Iterator[Line]:
+def lines(stream: Iterable[bytes], limit: int, number: int = 1, offset: int = 0) -> Iterator[Line]:
     """The lines of `stream` that are not empty; of one beyond `limit` bytes, only its beginning.
+
+    Args:
+        number: of the first line in its file.
+        offset: of its first byte.
 
     Raises:
         FileError: the stream did; the line that it broke off in was given.
     """
-    number, offset = 1, 0
     pending = b""  # the beginning of the line that the next block goes on with
     length = 0  # of that line, also what was thrown away
     damage: FileError | None = None
@@ -155,12 +159,15 @@ def excerpt(data: bytes | str, at: int = 0) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _stored(url: str) -> Iterator[bytes]:
+def _stored(url: str, first: int = 0, last: int | None = None) -> Iterator[bytes]:
     fs, path = file_system(url)
+    left = sys.maxsize if last is None else last - first
     try:
         with fs.open(path, "rb") as file:
-            while block := file.read(BLOCK):
+            file.seek(first)
+            while block := file.read(min(BLOCK, left)):
                 yield block
+                left -= len(block)
     except Exception as error:
         raise failure(fs, url, error) from None
 
