@@ -33,7 +33,7 @@ from qwen2.common.recipes import find_recipe
 
 CHANGED, NEARLY_SAME = 0.2, 0.02  # of a copy's words; of every tenth copy's
 FILE_BYTES = 2_000_000  # so that what two workers read ends at about the same time
-# A process's peak begins with that of the process that started it, and this one holds all documents.
+# A process's peak begins with that of the process that started it; this one holds all documents.
 LAUNCH = """
 import json, os, subprocess, sys
 with open(sys.argv[1] + "/told", "wb") as told, open(sys.argv[1] + "/error", "wb") as error:
