@@ -23,6 +23,7 @@ from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee, batch_loss, train_step
 from qwen2.train.loss import IGNORE
+from qwen2.train.optimizers import AdamWConfig, MuonConfig
 
 NewTrainee = Callable[..., Trainee]
 NewLoader = Callable[..., PackedLoader]
@@ -129,20 +130,22 @@ def test_clipping_bounds_the_update_and_the_norm_is_that_before(
     stops=st.lists(st.integers(1, 5), max_size=3),
     accumulation=st.integers(1, 2),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    optimizer=st.sampled_from([AdamWConfig(lr=1), MuonConfig(lr=1)]),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     stops: list[int],
     accumulation: int,
     dtype: torch.dtype,
+    optimizer: AdamWConfig | MuonConfig,
     new_trainee: NewTrainee,
     new_loader: NewLoader,
 ) -> None:
     with tempfile.TemporaryDirectory() as place:
         straight, broken = Path(place, "straight"), Path(place, "broken")
-        whole = new_trainee(dtype)
+        whole = new_trainee(dtype, optimizer=optimizer)
         run(straight, whole, new_loader(), 6, accumulation=accumulation)
         for steps in [*sorted(stops), 6]:
-            last = new_trainee(dtype)
+            last = new_trainee(dtype, optimizer=optimizer)
             run(broken, last, new_loader(), steps, accumulation=accumulation)
         assert_same_weights(whole, last)
         assert metrics(straight) == metrics(broken)

@@ -70,7 +70,8 @@ def test_a_budget_of_tokens_is_rounded_up_to_steps(recipe: dict[str, Any]) -> No
         ({"context": 200_000}, "context exceeds model.max_position_embeddings"),
         ({"stage": "sft"}, "stage: Input should be 'pretrain'"),
         ({"lr": 1.0}, "unknown key 'lr'"),
-        ({"optimizer": {"lr": 0}}, "optimizer.lr"),
+        ({"optimizer": {"lr": 0}}, r"optimizer\.adamw\.lr"),
+        ({"optimizer": {"kind": "muon", "lr": 1, "momentun": 1}}, "did you mean 'momentum'"),
         ({"schedule": {"kind": "wsd"}}, "schedule.wsd.decay"),
     ],
 )

@@ -30,7 +30,7 @@ from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import Shards
 from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
-from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.optimizers import OptimizerConfig
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import Cosine, Schedule
 
@@ -49,7 +49,7 @@ class StageRecipe(LoopSettings):
     rows: int = Field(gt=0)  # of a micro-batch
     steps: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)  # instead of steps
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: Schedule = Cosine()
     dtype: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
