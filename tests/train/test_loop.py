@@ -272,3 +272,30 @@ def test_metrics_have_what_the_report_needs(
     assert [line["tokens"] for line in lines] == [64, 128]
     assert [line["lr"] for line in lines] == [1e-2, 5e-3]
     assert all(line["tokens_per_s"] > 0 and line["mfu"] > 0 for line in lines)
+
+
+def test_the_output_z_loss_is_logged_beside_the_loss(
+    tmp_path: Path, new_trainee: NewTrainee, new_loader: NewLoader
+) -> None:
+    """Of two micro-batches; the loss stays the cross-entropy."""
+    run(tmp_path / "off", new_trainee(), new_loader(), 1, accumulation=2)
+    run(tmp_path / "on", new_trainee(), new_loader(), 1, accumulation=2, output_z_loss=0.1)
+    (off,), (on,) = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert on["loss"] == pytest.approx(off["loss"], abs=1e-6)
+    assert on["output_z_loss"] == pytest.approx(math.log(61) ** 2, rel=0.05)
+    assert "output_z_loss" not in off
+    assert on["grad_norm"] != pytest.approx(off["grad_norm"], rel=1e-3)
+
+
+def test_the_output_z_loss_keeps_the_logsumexp_small(
+    new_trainee: NewTrainee, new_loader: NewLoader
+) -> None:
+    last = []
+    for coefficient in (1e-9, 1.0):
+        trainee, loader = new_trainee(), new_loader()
+        steps = [
+            train_step(trainee, [next(loader)], 1e-2, 1.0, output_z_loss=coefficient)
+            for _ in range(30)
+        ]
+        last.append(steps[-1].square_log_z)
+    assert last[1] < 0.5 * last[0]

@@ -28,7 +28,7 @@ from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen2.train.flops import step_flops
-from qwen2.train.loss import IGNORE, chunked_cross_entropy
+from qwen2.train.loss import IGNORE, OutputZ, chunked_cross_entropy
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.precision import MasterWeights
 from qwen2.train.router import RouterLosses
@@ -58,7 +58,8 @@ class LoopSettings(Config):
     checkpoint_every: int = Field(default=500, gt=0)  # steps
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
     evaluate_every: int = Field(default=500, gt=0)  # steps
-    z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
+    router_z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
+    output_z_loss: float = Field(default=0, ge=0)  # of the head's; PaLM's is 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class StepResult:
     applied: bool
     routers: dict[str, Any] = field(default_factory=dict)
     """Metrics of a mixture's routers; empty for a dense model."""
+    square_log_z: float | None = None
+    """Mean over targets of the squared logsumexp of the logits; None without an output z-loss."""
 
 
 @dataclass
@@ -86,20 +89,23 @@ def train_step(
     batches: Sequence[PackedBatch],
     lr: float,
     clip: float,
-    z_loss: float = 0.0,
+    router_z_loss: float = 0.0,
+    output_z_loss: float = 0.0,
 ) -> StepResult:
     """One update from `batches` at learning rate `lr`, or none when it would not be finite.
 
-    A mixture's gradient is that of the cross-entropy and of its routers' losses, see router.py.
+    The gradient is that of the cross-entropy, of the output's z-loss (loss.py) and, for a mixture,
+    of its routers' losses (router.py); the result's loss is the first alone.
     """
     model, weights, optimizer = trainee.model, trainee.weights, trainee.optimizer
     moe = model.config.moe
     count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
-    routers = moe and RouterLosses(moe, z_loss, sum(len(batch.tokens) for batch in batches))
+    routers = moe and RouterLosses(moe, router_z_loss, sum(len(batch.tokens) for batch in batches))
+    z = OutputZ(output_z_loss) if output_z_loss else None
     loss = 0.0
     for batch in batches:
         routing = Routing(moe, model.device) if moe else None
-        part = batch_loss(model, batch, count, routing)
+        part = batch_loss(model, batch, count, routing, z)
         loss += part.item()
         if routers and routing:
             part = part + routers.add(routing, len(batch.tokens))
@@ -118,20 +124,27 @@ def train_step(
         optimizer.step()
         weights.publish()
     weights.drop_gradients()
-    return StepResult(loss, grad_norm, applied, routers.figures() if routers else {})
+    figures = routers.figures() if routers else {}
+    if z is None:
+        return StepResult(loss, grad_norm, applied, figures)
+    return StepResult(z.cross_entropy, grad_norm, applied, figures, z.square_log_z)
 
 
 def batch_loss(
-    model: Qwen2, batch: PackedBatch, count: int | None = None, routing: Routing | None = None
+    model: Qwen2,
+    batch: PackedBatch,
+    count: int | None = None,
+    routing: Routing | None = None,
+    z: OutputZ | None = None,
 ) -> Tensor:
     """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean).
 
-    What a mixture's routers did is added to `routing`.
+    What a mixture's routers did is added to `routing`. With `z` the z-loss is added, see loss.py.
     """
     device = model.device
     tokens, positions = batch.tokens.to(device), batch.positions.to(device)
     hidden = model.model(tokens, positions, model.packed(batch.lengths), routing)
-    return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count)
+    return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count, z=z)
 
 
 class Run:
@@ -210,7 +223,14 @@ class Run:
         for _ in range(self.settings.max_skips):
             began = time.perf_counter()
             batches = [next(self.loader) for _ in range(self.settings.accumulation)]
-            result = train_step(self.trainee, batches, lr, self.settings.clip, self.settings.z_loss)
+            result = train_step(
+                self.trainee,
+                batches,
+                lr,
+                self.settings.clip,
+                self.settings.router_z_loss,
+                self.settings.output_z_loss,
+            )
             seconds = time.perf_counter() - began
             if result.applied:
                 break
@@ -234,6 +254,8 @@ class Run:
             "tokens": self.state.tokens,
             **result.routers,
         }
+        if result.square_log_z is not None:
+            line["output_z_loss"] = result.square_log_z
         self.metrics.write(line)
         return line
 
