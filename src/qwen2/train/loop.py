@@ -73,6 +73,8 @@ class StepResult:
     """Metrics of a mixture's routers; empty for a dense model."""
     square_log_z: float | None = None
     """Mean over targets of the squared logsumexp of the logits; None without an output z-loss."""
+    tokens: int = 0
+    """Targets: what the loss is the mean of. Padding has none."""
 
 
 @dataclass
@@ -124,10 +126,14 @@ def train_step(
         optimizer.step()
         weights.publish()
     weights.drop_gradients()
-    figures = routers.figures() if routers else {}
-    if z is None:
-        return StepResult(loss, grad_norm, applied, figures)
-    return StepResult(z.cross_entropy, grad_norm, applied, figures, z.square_log_z)
+    return StepResult(
+        z.cross_entropy if z else loss,
+        grad_norm,
+        applied,
+        routers.figures() if routers else {},
+        z.square_log_z if z else None,
+        count,
+    )
 
 
 def batch_loss(
@@ -147,10 +153,17 @@ def batch_loss(
     return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count, z=z)
 
 
+def trained_lengths(batch: PackedBatch) -> list[int]:
+    """Tokens of each piece that has a target: padding left out."""
+    pieces = zip(batch.lengths, batch.targets.split(batch.lengths), strict=True)
+    return [length for length, targets in pieces if bool((targets != IGNORE).any())]
+
+
 class Run:
     """A run in folder `out`: resumed from its newest checkpoint, or begun.
 
-    `lr` gives the learning rate of a step; `peak_flops` is what MFU is a share of.
+    `lr` gives the learning rate of a step; `peak_flops` is what MFU is a share of. `enter` makes
+    model and loader ready for a step and returns its micro-batches (None: those of `settings`).
 
     Raises:
         UserError: `out` belongs to another model, or its data changed.
@@ -166,10 +179,12 @@ class Run:
         stage: str,
         peak_flops: float,
         evaluate: Evaluate | None = None,
+        enter: Callable[[int], int] | None = None,
     ) -> None:
         self.trainee, self.loader, self.settings, self.lr = trainee, loader, settings, lr
         self.out, self.stage, self.evaluate = out, stage, evaluate
         self.peak_flops = peak_flops
+        self._enter = enter or (lambda _: settings.accumulation)
         self.state = RunState()
         self.checkpoint = newest_checkpoint(out / "checkpoints")
         if self.checkpoint is not None:
@@ -178,6 +193,8 @@ class Run:
             )
             trainee.weights.publish()
             loader.load_state_dict(loader_state)
+        # A finished run is exported as its last step left it, so the next one is not entered yet.
+        self._enter(max(self.state.step - 1, 0))
         self._saved = self.state.step
         self.metrics = MetricsFile(out / "metrics.jsonl", self.state.metrics_bytes)
 
@@ -219,10 +236,10 @@ class Run:
 
     def _step(self) -> dict[str, Any]:
         """One applied step, after passing over batches that are not finite; its metrics line."""
-        lr = self.lr(self.state.step)
+        lr, accumulation = self.lr(self.state.step), self._enter(self.state.step)
         for _ in range(self.settings.max_skips):
             began = time.perf_counter()
-            batches = [next(self.loader) for _ in range(self.settings.accumulation)]
+            batches = [next(self.loader) for _ in range(accumulation)]
             result = train_step(
                 self.trainee,
                 batches,
@@ -240,16 +257,16 @@ class Run:
                 f"{self.out}: {self.settings.max_skips} batches in a row without a finite loss and "
                 f"gradient after step {self.state.step}; lower optimizer.lr or look at the data"
             )
-        lengths = [length for batch in batches for length in batch.lengths]
+        lengths = [length for batch in batches for length in trained_lengths(batch)]
         self.state.step += 1
-        self.state.tokens += sum(lengths)
+        self.state.tokens += result.tokens
         flops = step_flops(self.trainee.model.config, lengths)
         line = {
             "step": self.state.step,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "tokens_per_s": round(sum(lengths) / seconds, 1),
+            "tokens_per_s": round(result.tokens / seconds, 1),
             "mfu": round(flops / seconds / self.peak_flops, 4),
             "tokens": self.state.tokens,
             **result.routers,
