@@ -23,6 +23,7 @@ from qwen2.train.checkpoints import (
 )
 from qwen2.train.loop import LoopSettings, Trainee, train_step
 from qwen2.train.metrics import MetricsFile
+from qwen2.train.optimizers import AdamWConfig, MuonConfig
 
 
 @pytest.fixture
@@ -41,10 +42,17 @@ def save(folder: Path, trainee: Trainee, step: int, keep: int = 9) -> Path:
     return save_checkpoint(folder, state, masters, optimizer, {"row": 5}, LoopSettings(), keep)
 
 
-def test_round_trip(tmp_path: Path, trainee: Trainee, new_trainee: Callable[..., Trainee]) -> None:
+@pytest.mark.parametrize("optimizer", [AdamWConfig(lr=1e-2), MuonConfig(lr=1e-2)])
+def test_round_trip(
+    tmp_path: Path,
+    optimizer: AdamWConfig | MuonConfig,
+    new_trainee: Callable[..., Trainee],
+    new_loader: Callable[..., PackedLoader],
+) -> None:
+    trainee, other = (new_trainee(torch.bfloat16, optimizer=optimizer) for _ in range(2))
+    train_step(trainee, [next(new_loader())], lr=1e-2, clip=1.0)
     path = save(tmp_path, trainee, 3)
     drawn = torch.rand(4)
-    other = new_trainee(torch.bfloat16)
     state, loader = load_checkpoint(path, other.weights.masters, other.optimizer)
     assert state == RunState(step=3, tokens=7, skipped=2, metrics_bytes=11)
     assert loader == {"row": 5}
@@ -52,6 +60,7 @@ def test_round_trip(tmp_path: Path, trainee: Trainee, new_trainee: Callable[...,
     for name, master in trainee.weights.masters.items():
         twin = other.weights.masters[name]
         assert torch.equal(master, twin)
+        assert trainee.optimizer.state[master].keys() == other.optimizer.state[twin].keys() > set()
         for key, value in trainee.optimizer.state[master].items():
             assert torch.equal(value, other.optimizer.state[twin][key])
     assert not list(path.glob("*.pt"))

@@ -41,7 +41,7 @@ class RunState:
     step: int = 0
     """Updates of the weights so far."""
     tokens: int = 0
-    """Tokens that these updates were computed from."""
+    """Tokens that these updates were computed from: targets, so padding is none."""
     skipped: int = 0
     """Batches passed over because their loss or gradient was not finite."""
     metrics_bytes: int = 0
