@@ -318,3 +318,16 @@ def test_padding_does_not_count(new_trainee: Callable[..., Trainee]) -> None:
     assert batch_loss(model, padded).item() == pytest.approx(batch_loss(model, whole).item())
     assert train_step(new_trainee(), [padded, whole], 0.0, 1.0).tokens == 40
     assert (padded.lengths, trained_lengths(padded)) == ([20, 12], [20])
+
+
+def test_activations_computed_again_change_nothing_and_may_change_on_resume(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    outs = {how: tmp_path / how for how in ("none", "selective", "full")}
+    recipe["steps"] = 3
+    for how, out in outs.items():
+        changed = {"activation_checkpointing": how, "out": str(out)}
+        pretrain(PretrainRecipe.parse(recipe | changed))
+    assert losses(outs["none"]) == losses(outs["selective"]) == losses(outs["full"])
+    again = {"activation_checkpointing": "none", "out": str(outs["full"])}
+    assert pretrain(PretrainRecipe.parse(recipe | again)).finished

@@ -33,9 +33,18 @@ from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
 from qwen2.train.optimizers import OptimizerConfig
 from qwen2.train.phases import PhasedLoader, Stretch, config_of_phase, factor_at, phase_at
 from qwen2.train.precision import MasterWeights
+from qwen2.train.recompute import Recompute, recompute_activations
 from qwen2.train.schedules import Cosine, Schedule
 
-FREE = {"out", "threads", "device", "keep", "checkpoint_every", "evaluate_every"}
+FREE = {
+    "out",
+    "threads",
+    "device",
+    "activation_checkpointing",
+    "keep",
+    "checkpoint_every",
+    "evaluate_every",
+}
 """Keys that may change when a run resumes: none of them changes what is computed."""
 
 
@@ -53,6 +62,7 @@ class StageRecipe(LoopSettings):
     optimizer: OptimizerConfig
     schedule: Schedule = Cosine()
     dtype: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Recompute = "none"
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
@@ -179,6 +189,7 @@ def make_trainee(model: Qwen2, recipe: StageRecipe) -> Trainee:
     if model.config.quantisation:
         raise UserError("init: its weights are quantised, for inference alone; give the original")
     weights = MasterWeights(model, parse_dtype(recipe.dtype))
+    recompute_activations(model, recipe.activation_checkpointing)
     return Trainee(model, weights, recipe.optimizer.build(weights.masters))
 
 
