@@ -33,6 +33,14 @@ from qwen2.common.recipes import find_recipe
 
 CHANGED, NEARLY_SAME = 0.2, 0.02  # of a copy's words; of every tenth copy's
 FILE_BYTES = 2_000_000  # so that what two workers read ends at about the same time
+# A process's peak begins with that of the process that started it; this one holds all documents.
+LAUNCH = """
+import json, os, subprocess, sys
+with open(sys.argv[1] + "/told", "wb") as told, open(sys.argv[1] + "/error", "wb") as error:
+    child = subprocess.Popen(sys.argv[2:], stdout=told, stderr=error)
+    _, status, usage = os.wait4(child.pid, 0)
+print(json.dumps([status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+"""
 WORD = re.compile("[\u2e80-\u9fff\uac00-\ud7a3]|\\w+")  # a letter, where scripts have no spaces
 
 Row = dict[str, Any]
@@ -139,20 +147,19 @@ def run(recipe: Path, workers: int, size: int, place: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "qwen2.cli", "corpus", "run", str(recipe), "--json",
                    "--out", f"{out}/corpus", "--workers", str(workers)]  # fmt: skip
         started = time.perf_counter()
-        with (Path(out) / "told").open("wb") as told, (Path(out) / "error").open("wb") as error:
-            child = subprocess.Popen(command, stdout=told, stderr=error)
-            _, status, usage = os.wait4(child.pid, 0)
+        launched = [sys.executable, "-c", LAUNCH, out, *command]
+        told = subprocess.run(launched, check=True, capture_output=True).stdout
         seconds = time.perf_counter() - started
+        status, cpu, peak = json.loads(told)
         if status:
             sys.exit((Path(out) / "error").read_text()[-2000:])
         results = json.loads((Path(out) / "told").read_text())
-    cpu = usage.ru_utime + usage.ru_stime
     return {
         "megabytes": size / 1e6,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "cpu_seconds_per_mb": cpu / size * 1e6,
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "peak_rss_bytes": peak,
         "seconds_by_stage": {
             name.rpartition("-")[0] or name: of["seconds"]
             for name, of in results.items()

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2.common.plot import HEIGHT, WIDTH, bar_chart, line_chart, scatter_chart, ticks
+from qwen2.common.plot import (
+    HEIGHT,
+    WIDTH,
+    bar_chart,
+    line_chart,
+    scatter_chart,
+    stacked_bars,
+    ticks,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -75,3 +84,14 @@ def test_dots_on_the_diagonal_are_where_both_axes_say_the_same() -> None:
     assert dots[1] == (float(dashed.get("x2", 0)), float(dashed.get("y2", 0)))
     assert dots[2] == (dots[0][0], dots[1][1])
     assert "<circle" not in scatter_chart({}, "x", "y")
+
+
+def test_names_of_rows_have_room() -> None:
+    names = ["short", "developers-reference-translated", "x" * 60]
+    drawn = stacked_bars({name: {"a": 1.0} for name in names}, "megabytes")
+    starts = [float(x) for x in re.findall(r'<rect x="([\d.]+)" y="\d\d+" width="\d', drawn)]
+    ends = re.findall(r'<text x="(\d+)"[^>]*text-anchor="end">([^<]*)<title>([^<]*)', drawn)
+    assert [title for *_, title in ends] == names
+    assert [name for _, name, _ in ends] == [*names[:2], "x" * 43 + "…"]
+    for end, name, _ in ends:
+        assert 7 * len(name) <= int(end) < min(starts)

@@ -17,7 +17,7 @@ from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import write_shards
 from qwen2.train.loop import Trainee
-from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.optimizers import AdamWConfig, MuonConfig
 from qwen2.train.precision import MasterWeights
 
 VOCABULARY = 61
@@ -76,11 +76,16 @@ def new_loader() -> Callable[..., PackedLoader]:
 def new_trainee(small: ModelConfig) -> Callable[..., Trainee]:
     """Makes trainees that all start from the same weights."""
 
-    def make(dtype: torch.dtype = torch.float32, lr: float = 1e-2, **changes: Any) -> Trainee:
+    def make(
+        dtype: torch.dtype = torch.float32,
+        optimizer: AdamWConfig | MuonConfig | None = None,
+        **changes: Any,
+    ) -> Trainee:
         model = Qwen2(small.model_copy(update=changes))
         init_weights(model, torch.Generator().manual_seed(0))
         weights = MasterWeights(model, dtype)
-        return Trainee(model, weights, AdamWConfig(lr=lr).build(weights.masters))
+        chosen = optimizer or AdamWConfig(lr=1e-2)
+        return Trainee(model, weights, chosen.build(weights.masters))
 
     return make
 

@@ -22,7 +22,7 @@ from qwen2.pipeline.long_context import run_long_context
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import Shards
-from qwen2.train.long_context import LongContextRecipe, long_context, mix
+from qwen2.train.long_context import LongContextRecipe, build_loader, long_context, mix
 from qwen2.train.pretrain import PretrainRecipe, pretrain
 
 TRAINED, CONTEXT = 64, 128
@@ -111,6 +111,26 @@ def test_every_token_of_every_document_is_a_target(longer: dict[str, Any], init:
     assert seen >= wanted
     assert seen.total() - wanted.total() < CONTEXT  # of the next epoch, in the last row
     assert seen[shards.index.end_of_text] >= len(source.lengths) > len(shards)
+
+
+def test_packed_by_best_fit_long_documents_fill_rows(longer: dict[str, Any], init: Path) -> None:
+    """Those of 261 tokens begin with two whole rows; the stream cuts them wherever a row ends."""
+    config, shards = load_config(init), Shards(Path(longer["data"]))
+    begins = {}
+    for packing in ("stream", "best_fit"):
+        recipe = LongContextRecipe.parse(longer | {"packing": packing})
+        loader = build_loader(recipe, config, shards).current
+        lengths = loader.source.lengths
+        pieces = [piece for row in range(30) for piece in loader.row_pieces(row)]
+        begins[packing] = {
+            (p.start, p.stop)
+            for p in pieces
+            if p.document >= 0 and lengths[p.document] == 261 and p.start < 2 * CONTEXT
+        }
+    assert begins["best_fit"] == {(0, CONTEXT), (CONTEXT, 2 * CONTEXT)}
+    assert len(begins["stream"]) > 2
+    recipe = LongContextRecipe.parse(longer | {"packing": "best_fit", "held_out": None})
+    assert long_context(recipe).finished
 
 
 def test_long_is_what_init_is_trained_on_unless_the_recipe_says(

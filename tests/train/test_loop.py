@@ -23,6 +23,7 @@ from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee, batch_loss, train_step
 from qwen2.train.loss import IGNORE
+from qwen2.train.optimizers import AdamWConfig, MuonConfig
 
 NewTrainee = Callable[..., Trainee]
 NewLoader = Callable[..., PackedLoader]
@@ -129,20 +130,22 @@ def test_clipping_bounds_the_update_and_the_norm_is_that_before(
     stops=st.lists(st.integers(1, 5), max_size=3),
     accumulation=st.integers(1, 2),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    optimizer=st.sampled_from([AdamWConfig(lr=1), MuonConfig(lr=1)]),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     stops: list[int],
     accumulation: int,
     dtype: torch.dtype,
+    optimizer: AdamWConfig | MuonConfig,
     new_trainee: NewTrainee,
     new_loader: NewLoader,
 ) -> None:
     with tempfile.TemporaryDirectory() as place:
         straight, broken = Path(place, "straight"), Path(place, "broken")
-        whole = new_trainee(dtype)
+        whole = new_trainee(dtype, optimizer=optimizer)
         run(straight, whole, new_loader(), 6, accumulation=accumulation)
         for steps in [*sorted(stops), 6]:
-            last = new_trainee(dtype)
+            last = new_trainee(dtype, optimizer=optimizer)
             run(broken, last, new_loader(), steps, accumulation=accumulation)
         assert_same_weights(whole, last)
         assert metrics(straight) == metrics(broken)
@@ -269,3 +272,30 @@ def test_metrics_have_what_the_report_needs(
     assert [line["tokens"] for line in lines] == [64, 128]
     assert [line["lr"] for line in lines] == [1e-2, 5e-3]
     assert all(line["tokens_per_s"] > 0 and line["mfu"] > 0 for line in lines)
+
+
+def test_the_output_z_loss_is_logged_beside_the_loss(
+    tmp_path: Path, new_trainee: NewTrainee, new_loader: NewLoader
+) -> None:
+    """Of two micro-batches; the loss stays the cross-entropy."""
+    run(tmp_path / "off", new_trainee(), new_loader(), 1, accumulation=2)
+    run(tmp_path / "on", new_trainee(), new_loader(), 1, accumulation=2, output_z_loss=0.1)
+    (off,), (on,) = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert on["loss"] == pytest.approx(off["loss"], abs=1e-6)
+    assert on["output_z_loss"] == pytest.approx(math.log(61) ** 2, rel=0.05)
+    assert "output_z_loss" not in off
+    assert on["grad_norm"] != pytest.approx(off["grad_norm"], rel=1e-3)
+
+
+def test_the_output_z_loss_keeps_the_logsumexp_small(
+    new_trainee: NewTrainee, new_loader: NewLoader
+) -> None:
+    last = []
+    for coefficient in (1e-9, 1.0):
+        trainee, loader = new_trainee(), new_loader()
+        steps = [
+            train_step(trainee, [next(loader)], 1e-2, 1.0, output_z_loss=coefficient)
+            for _ in range(30)
+        ]
+        last.append(steps[-1].square_log_z)
+    assert last[1] < 0.5 * last[0]

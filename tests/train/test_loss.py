@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen2.common.errors import UserError
-from qwen2.train.loss import IGNORE, chunked_cross_entropy
+from qwen2.train.loss import IGNORE, OutputZ, chunked_cross_entropy
 
 N, C, V = 23, 8, 37
 
@@ -117,3 +117,43 @@ def test_nothing_to_predict_is_an_error() -> None:
     loss = chunked_cross_entropy(hidden, weight, targets, count=4)
     assert loss.item() == 0
     assert all(g.abs().max() == 0 for g in gradients(loss, hidden, weight))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    block=st.integers(1, N + 1),
+    ignored=st.integers(0, N - 1),
+    zeta=st.floats(1e-6, 2),
+    count=st.integers(1, 50),
+)
+def test_the_z_loss_is_the_plain_formula(block: int, ignored: int, zeta: float, count: int) -> None:
+    """In value and gradient, in fp64, whatever the blocks; its parts are told apart."""
+    hidden, weight, targets = problem(torch.float64, ignored=ignored)
+    z = OutputZ(zeta)
+    ours = chunked_cross_entropy(hidden, weight, targets, count, block, z)
+    logits = (hidden @ weight.T)[targets != IGNORE]
+    squares = logits.logsumexp(-1).square().sum() / count
+    entropy = F.cross_entropy(logits, targets[targets != IGNORE], reduction="sum") / count
+    plain = entropy + zeta * squares
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    assert z.cross_entropy == pytest.approx(entropy.item(), rel=1e-12)
+    assert z.square_log_z == pytest.approx(squares.item(), rel=1e-12)
+    for mine, theirs in zip(
+        gradients(ours, hidden, weight), gradients(plain, hidden, weight), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_z_loss_by_hand() -> None:
+    """Logits (0, ln 3): ln Z = ln 4 = 1.3862944; gradients p - 1 at the target and 2ζ·ln Z·p."""
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [torch.tensor(3.0).log()]], requires_grad=True)
+    z = OutputZ(0.5)
+    loss = chunked_cross_entropy(hidden, weight, torch.tensor([1]), z=z)
+    assert (z.cross_entropy, z.square_log_z) == pytest.approx((0.2876821, 1.9218121), abs=1e-6)
+    assert loss.item() == pytest.approx(0.2876821 + 0.5 * 1.9218121, abs=1e-6)
+    (grad,) = gradients(loss, weight)
+    pulled = 2 * 0.5 * 1.3862944
+    assert grad.flatten().tolist() == pytest.approx(
+        [0.25 + pulled * 0.25, -0.25 + pulled * 0.75], abs=1e-6
+    )

@@ -28,9 +28,10 @@ from qwen2.model.hub import load, load_config, save
 from qwen2.pipeline.train import run_recipe
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.packing import NOTHING, Piece, pack
+from qwen2.tokens.shards import Shards
 from qwen2.train.checkpoints import newest_checkpoint
-from qwen2.train.loop import Trainee, batch_loss
-from qwen2.train.pretrain import PretrainRecipe, pretrain
+from qwen2.train.loop import Trainee, batch_loss, train_step, trained_lengths
+from qwen2.train.pretrain import PretrainRecipe, build_loader, pretrain
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -70,7 +71,8 @@ def test_a_budget_of_tokens_is_rounded_up_to_steps(recipe: dict[str, Any]) -> No
         ({"context": 200_000}, "context exceeds model.max_position_embeddings"),
         ({"stage": "sft"}, "stage: Input should be 'pretrain'"),
         ({"lr": 1.0}, "unknown key 'lr'"),
-        ({"optimizer": {"lr": 0}}, "optimizer.lr"),
+        ({"optimizer": {"lr": 0}}, r"optimizer\.adamw\.lr"),
+        ({"optimizer": {"kind": "muon", "lr": 1, "momentun": 1}}, "did you mean 'momentum'"),
         ({"schedule": {"kind": "wsd"}}, "schedule.wsd.decay"),
     ],
 )
@@ -288,25 +290,31 @@ def test_packed_by_best_fit_a_run_resumes_too(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwen2.train.stage.measure_matmul_peak", lambda *_: 1e12)
-    recipe |= {"packing": "best_fit"}
+    recipe |= {"packing": "best_fit", "steps": 11}  # an epoch is 21 rows
     straight = pretrain(PretrainRecipe.parse(recipe))
     assert straight.checkpoint is not None
     again = tmp_path / "again"
     asked = PretrainRecipe.parse(recipe | {"out": str(again)})
     (again / "checkpoints").mkdir(parents=True)
-    earlier = straight.checkpoint.with_name("step-00000006")
+    earlier = straight.checkpoint.with_name("step-00000009")
     shutil.copytree(earlier, again / "checkpoints" / earlier.name)
     shutil.copy(straight.metrics, again)
     assert pretrain(asked).finished
     assert losses(again) == losses(Path(recipe["out"]))
+    loader = build_loader(asked, Shards(asked.data))
+    seen = sum(int((next(loader).targets >= 0).sum()) for _ in range(11))
+    lines = [json.loads(line) for line in straight.metrics.read_text().splitlines()]
+    assert lines[-1]["tokens"] == straight.tokens == seen < 11 * 64, "padding is not counted"
     with pytest.raises(UserError, match=r"another packing \(best_fit, now stream\)"):
         pretrain(PretrainRecipe.parse(recipe | {"packing": "stream"}))
 
 
 def test_padding_does_not_count(new_trainee: Callable[..., Trainee]) -> None:
-    """The loss of a row with padding is that of what stands before it."""
+    """The loss of a row with padding is that of what stands before it; so are tokens and FLOPs."""
     model = new_trainee().model
     ids = np.arange(20) % 7
     whole = pack([Piece(0, 0, 20)], lambda _: ids)
     padded = pack([Piece(0, 0, 20), Piece(NOTHING, 0, 12)], lambda _: ids)
     assert batch_loss(model, padded).item() == pytest.approx(batch_loss(model, whole).item())
+    assert train_step(new_trainee(), [padded, whole], 0.0, 1.0).tokens == 40
+    assert (padded.lengths, trained_lengths(padded)) == ([20, 12], [20])

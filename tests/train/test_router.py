@@ -61,7 +61,8 @@ def test_the_log_says_where_tokens_go(
         assert 0 <= line["expert_entropy"] <= 1
         assert line["dropped"] == 0
         assert 2 - 1e-3 < line["balance_loss"] < 4
-        assert line["z_loss"] == pytest.approx(math.log(4) ** 2, rel=0.1)  # weights are small yet
+        # Weights are small yet.
+        assert line["router_z_loss"] == pytest.approx(math.log(4) ** 2, rel=0.1)
     assert lines[0]["loss"] == pytest.approx(math.log(61), abs=0.1)
 
 
@@ -71,7 +72,7 @@ def test_the_logged_loss_is_the_cross_entropy(
     batch = next(new_loader())
     trainee = new_trainee(moe=mixture(router_aux_loss_coef=5.0))
     expected = batch_loss(trainee.model, batch).item()
-    result = train_step(trainee, [batch], 1e-3, clip=1.0, z_loss=3.0)
+    result = train_step(trainee, [batch], 1e-3, clip=1.0, router_z_loss=3.0)
     assert result.loss == pytest.approx(expected, abs=1e-6)
 
 
@@ -89,7 +90,7 @@ def test_the_gradient_is_that_of_the_three_losses(
         routers = 0.5 * routing.balance_loss() + 0.125 * routing.z_loss()
         (loss + weight * routers).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in plain.model.parameters()])
-    result = train_step(new_trainee(moe=moe), batches, 1e-3, clip=1.0, z_loss=0.125)
+    result = train_step(new_trainee(moe=moe), batches, 1e-3, clip=1.0, router_z_loss=0.125)
     assert result.grad_norm == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -109,7 +110,7 @@ def test_figures_of_micro_batches_by_hand() -> None:
     assert added == pytest.approx([0.25 * (0.15 + 0.04), 0.75 * (0.1 + 0.04)])
     figures = losses.figures()
     assert figures["balance_loss"] == pytest.approx(0.25 * 1.5 + 0.75)
-    assert figures["z_loss"] == pytest.approx(4.0)
+    assert figures["router_z_loss"] == pytest.approx(4.0)
     assert figures["expert_share"] == pytest.approx([7 / 12, 5 / 12], abs=1e-6)
     assert figures["expert_entropy"] == pytest.approx(expert_entropy(torch.tensor([7, 5])))
     assert figures["dropped"] == 0
@@ -144,10 +145,10 @@ def test_balance_trains_the_routers_towards_uniform(
 def test_the_z_loss_keeps_logits_small(new_trainee: NewTrainee, new_loader: NewLoader) -> None:
     """Of an even router logsumexp² falls below ln² E, which the sum of its logits can."""
     last = []
-    for z_loss in (0.0, 1.0):
+    for router_z_loss in (0.0, 1.0):
         trainee, loader = new_trainee(moe=mixture()), new_loader()
-        steps = [train_step(trainee, [next(loader)], 1e-2, 1.0, z_loss) for _ in range(20)]
-        last.append(steps[-1].routers["z_loss"])
+        steps = [train_step(trainee, [next(loader)], 1e-2, 1.0, router_z_loss) for _ in range(20)]
+        last.append(steps[-1].routers["router_z_loss"])
     assert last[1] < 0.8 * last[0]
 
 
@@ -159,12 +160,16 @@ def test_accumulation_equals_the_large_batch(
     large, parts = new_trainee(moe=moe), new_trainee(moe=moe)
     whole, pieces = new_loader(rows=6), new_loader(rows=2)
     for _ in range(3):
-        one = train_step(large, [next(whole)], 1e-3, clip=1.0, z_loss=0.1)
-        many = train_step(parts, [next(pieces) for _ in range(3)], 1e-3, clip=1.0, z_loss=0.1)
+        one = train_step(large, [next(whole)], 1e-3, clip=1.0, router_z_loss=0.1)
+        many = train_step(
+            parts, [next(pieces) for _ in range(3)], 1e-3, clip=1.0, router_z_loss=0.1
+        )
         assert many.loss == pytest.approx(one.loss, abs=1e-6)
         assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
         assert many.routers["expert_share"] == one.routers["expert_share"]
-        assert many.routers["z_loss"] == pytest.approx(one.routers["z_loss"], rel=1e-6)
+        assert many.routers["router_z_loss"] == pytest.approx(
+            one.routers["router_z_loss"], rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,9 +177,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     dtype: torch.dtype, tmp_path: Path, new_trainee: NewTrainee, new_loader: NewLoader
 ) -> None:
     trainees = [new_trainee(dtype, moe=mixture()) for _ in range(3)]
-    run(tmp_path / "straight", trainees[0], new_loader(), 5, z_loss=0.01)
+    run(tmp_path / "straight", trainees[0], new_loader(), 5, router_z_loss=0.01)
     for trainee, steps in zip(trainees[1:], (2, 5), strict=True):
-        run(tmp_path / "broken", trainee, new_loader(), steps, z_loss=0.01)
+        run(tmp_path / "broken", trainee, new_loader(), steps, router_z_loss=0.01)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "broken")
     pairs = zip(
         trainees[0].weights.masters.items(), trainees[2].weights.masters.values(), strict=True

@@ -29,7 +29,7 @@ def durable_write(path: Path, data: bytes) -> None:
         UserError: the disk is full or the place cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _clean_errors(path):
+    with plain_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -52,7 +52,7 @@ def durable_file(target: Path) -> Iterator[Path]:
     if target.exists():
         raise UserError(f"{target}: exists already; choose another place or remove it")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with _clean_errors(target):
+    with plain_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -76,7 +76,7 @@ def durable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"{target}: exists already; choose another place or remove it")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     retired = target.with_name(f".{target.name}.{os.getpid()}.retired")
-    with _clean_errors(target):
+    with plain_errors(target):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
@@ -176,7 +176,8 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def _clean_errors(target: Path) -> Iterator[None]:
+def plain_errors(target: Path) -> Iterator[None]:
+    """Errors in writing `target` in one line: a full disk, a place that may not be written."""
     try:
         yield
     except OSError as error:

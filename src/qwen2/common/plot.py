@@ -14,6 +14,7 @@ Points = Sequence[tuple[float, float]]
 
 COLOURS = ["#3f6fd8", "#d8743f", "#3fa372", "#a04fc0", "#888888", "#c4407c", "#2fa5b5"]
 WIDTH, HEIGHT = 720, 300
+MOST_LETTERS = 44  # of a row's name
 VALUE_WIDTH = 24  # of a bar that has room for its number
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 44
 
@@ -98,7 +99,11 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], label: str) -> str:
     """One lying bar a row, its series end to end: {row: {series: value}}."""
     names = list(dict.fromkeys(name for bars in rows.values() for name in bars))
     marks = ticks(0.0, max((sum(bars.values()) for bars in rows.values()), default=0.0) or 1.0)
-    left, height = 150, 24
+    shown = {
+        row: row if len(row) <= MOST_LETTERS else row[: MOST_LETTERS - 1] + "…" for row in rows
+    }
+    left = max(150, 16 + 7 * max(map(len, shown.values()), default=0))
+    height = 24
     bottom = TOP + height * len(rows)
     x_of = _scale(marks, left, WIDTH - RIGHT)
     parts = [
@@ -108,7 +113,10 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], label: str) -> str:
     ]
     for place, (row, bars) in enumerate(rows.items()):
         y, at = TOP + height * place, 0.0
-        parts.append(f'<text x="{left - 6}" y="{y + 16}" text-anchor="end">{escape(row)}</text>')
+        parts.append(
+            f'<text x="{left - 6}" y="{y + 16}" text-anchor="end">'
+            f"{escape(shown[row])}<title>{escape(row)}</title></text>"
+        )
         for name, value in bars.items():
             width = x_of(at + value) - x_of(at)
             parts.append(

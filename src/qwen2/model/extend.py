@@ -21,8 +21,10 @@ from typing import Any, Literal
 import torch
 
 from qwen2.common.errors import UserError
+from qwen2.model.attention import scheme_of
 from qwen2.model.config import DualChunk, ModelConfig, Yarn
 from qwen2.model.decoder import Qwen2
+from qwen2.model.rope import Rope
 
 Method = Literal["dca+yarn", "dca", "yarn", "none"]
 METHODS: tuple[str, ...] = typing.get_args(Method)
@@ -99,3 +101,9 @@ def with_config(model: Qwen2, **changes: Any) -> Qwen2:
     changed.load_state_dict(model.state_dict(), assign=True)
     changed.tie_weights()
     return changed
+
+
+def reconfigure(model: Qwen2, config: ModelConfig) -> None:
+    """As `with_config`, but in place: parameters stay the same objects, with their gradients."""
+    model.config, model.scheme = config, scheme_of(config)
+    model.model.rope = Rope(config.head_dim, config.rope_theta, config.yarn)

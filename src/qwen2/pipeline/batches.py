@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -20,8 +21,11 @@ from qwen2.tokens.loader import PackedLoader, Packing
 from qwen2.tokens.shard_index import INDEX
 from qwen2.tokens.shards import Shards
 from qwen2.tokens.weighted import WeightedLoader, by_kind
-from qwen2.train.long_context import LongContextRecipe, mix
-from qwen2.train.pretrain import PretrainRecipe, build_loader
+from qwen2.train import long_context, pretrain
+from qwen2.train.long_context import LongContextRecipe
+from qwen2.train.phases import PhasedLoader, Stretch
+from qwen2.train.pretrain import PretrainRecipe
+from qwen2.train.stage import StageRecipe
 
 RECIPE, TOKENIZER = "recipe.yaml", "tokenizer"
 
@@ -42,10 +46,8 @@ class Batches:
 
     shards: Shards
     tokenizer: Tokenizer
-    loader: Callable[[int, int], PackedLoader]
+    loader: Callable[[int, int], PhasedLoader]
     """The loader of a rank of so many."""
-    accumulation: int = 1
-    """Batches of a step."""
 
     def at(self, step: int, rank: int, world_size: int) -> list[PackedLoader]:
         """Loaders that stand before each batch of a step, counted from 1 as in metrics.jsonl.
@@ -53,12 +55,7 @@ class Batches:
         Raises:
             UserError: there is no such rank.
         """
-        loaders = []
-        for batch in range((step - 1) * self.accumulation, step * self.accumulation):
-            loader = self.loader(rank, world_size)
-            loader.row = batch * loader.rows * world_size
-            loaders.append(loader)
-        return loaders
+        return self.loader(rank, world_size).before_step(step - 1)
 
 
 def open_batches(
@@ -83,11 +80,12 @@ def open_batches(
     shards = Shards(_shards_in(folder))
     shape = BatchShape.parse(read_overrides(overrides), where)
 
-    def loader(rank: int, world_size: int) -> PackedLoader:
+    def loader(rank: int, world_size: int) -> PhasedLoader:
         how = shape.context, shape.rows, shape.seed, rank, world_size, shape.packing
+        plan = [Stretch(0, 1, shape.context, shape.rows, 1)]
         if shape.weights is None:
-            return PackedLoader(shards, *how)
-        return WeightedLoader(by_kind(shards), shape.weights, *how)
+            return PhasedLoader(plan, [PackedLoader(shards, *how)])
+        return PhasedLoader(plan, [WeightedLoader(by_kind(shards), shape.weights, *how)])
 
     return Batches(shards, _tokenizer(shards, tokenizer), loader)
 
@@ -97,25 +95,18 @@ def _of_recipe(path: Path, overrides: Sequence[str], tokenizer: Path | None) -> 
     stage = values.get("stage", "pretrain")
     if stage == "pretrain":
         pretraining = PretrainRecipe.parse(values, str(path))
-        recipe: PretrainRecipe | LongContextRecipe = pretraining
+        recipe: StageRecipe = pretraining
         shards = Shards(recipe.data)
-
-        def loader(rank: int, world_size: int) -> PackedLoader:
-            return build_loader(pretraining, shards, rank, world_size)
-
+        loader = partial(pretrain.build_loader, pretraining, shards)
     elif stage == "long_context":
-        recipe = LongContextRecipe.parse(values, str(path))
-        shards = Shards(recipe.data)
-        source = mix(recipe, load_config(recipe.init), shards)
-        how = recipe.context, recipe.rows, recipe.seed
-
-        def loader(rank: int, world_size: int) -> PackedLoader:
-            return PackedLoader(source, *how, rank, world_size)
-
+        longer = LongContextRecipe.parse(values, str(path))
+        recipe, shards = longer, Shards(longer.data)
+        config = load_config(longer.init)
+        loader = partial(long_context.build_loader, longer, config, shards)
     else:
         raise UserError(f"{path}: stage {stage!r} reads no shards; give one of pre-training")
     coder = _tokenizer(shards, tokenizer or recipe.tokenizer)
-    return Batches(shards, coder, loader, recipe.accumulation)
+    return Batches(shards, coder, loader)
 
 
 def _shards_in(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.common.files import durable_write, remove_leftovers
+from qwen2.common.memory import release_freed_memory
 from qwen2.common.progress import say
 
 RECIPE = "recipe.yaml"
@@ -82,6 +83,7 @@ def run_stages(
         result["seconds"] = round(time.monotonic() - started, 2)
         durable_write(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
         run.results[stage.name] = result
+        release_freed_memory()
     return run
 
 

@@ -22,9 +22,10 @@ from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
 from qwen2.model.config import ModelConfig
 from qwen2.model.extend import with_config
 from qwen2.model.hub import load_config, load_model
-from qwen2.tokens.loader import PackedLoader, TokenSource
+from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
 from qwen2.tokens.mixture import LongMixture
 from qwen2.train.loop import Evaluate
+from qwen2.train.phases import PhasedLoader
 from qwen2.train.stage import (
     StageRecipe,
     StageResult,
@@ -44,6 +45,7 @@ class LongContextRecipe(StageRecipe):
     long_tokens: int | None = Field(default=None, gt=1)
     """Documents of so many tokens count as long; None: of the length that `init` is trained on."""
     long_share: float = Field(default=0.7, gt=0, lt=1)  # of the tokens; the rest is short text
+    packing: Packing = "stream"  # as in pre-training
     held_out: Path | None = None
     """A folder of shards, to measure perplexity by position on before and after."""
     held_out_documents: int = Field(default=64, gt=0)
@@ -78,7 +80,7 @@ def long_context(
     if before is not None:
         before()
     torch.manual_seed(recipe.seed)
-    source = mix(recipe, config, shards)
+    loader = build_loader(recipe, config, shards)
     model = with_config(
         load_model(recipe.init, dtype="fp32", device=str(device)),
         rope_theta=recipe.rope_theta,
@@ -86,8 +88,19 @@ def long_context(
         yarn=None,
         dual_chunk=None,
     )
-    loader = PackedLoader(source, recipe.context, recipe.rows, recipe.seed)
     return run_stage(recipe, make_trainee(model, recipe), loader, tokenizer, evaluate)
+
+
+def build_loader(
+    recipe: LongContextRecipe,
+    config: ModelConfig,
+    source: TokenSource,
+    rank: int = 0,
+    world_size: int = 1,
+) -> PhasedLoader:
+    """The batches of `recipe` for one rank, from the documents of `source`."""
+    how = recipe.context, recipe.rows, recipe.seed, rank, world_size, recipe.packing
+    return PhasedLoader(recipe.plan, [PackedLoader(mix(recipe, config, source), *how)])
 
 
 def mix(recipe: LongContextRecipe, config: ModelConfig, source: TokenSource) -> LongMixture:

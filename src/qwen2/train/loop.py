@@ -28,7 +28,7 @@ from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen2.train.flops import step_flops
-from qwen2.train.loss import IGNORE, chunked_cross_entropy
+from qwen2.train.loss import IGNORE, OutputZ, chunked_cross_entropy
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.precision import MasterWeights
 from qwen2.train.router import RouterLosses
@@ -58,7 +58,8 @@ class LoopSettings(Config):
     checkpoint_every: int = Field(default=500, gt=0)  # steps
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
     evaluate_every: int = Field(default=500, gt=0)  # steps
-    z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
+    router_z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
+    output_z_loss: float = Field(default=0, ge=0)  # of the head's; PaLM's is 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class StepResult:
     applied: bool
     routers: dict[str, Any] = field(default_factory=dict)
     """Metrics of a mixture's routers; empty for a dense model."""
+    square_log_z: float | None = None
+    """Mean over targets of the squared logsumexp of the logits; None without an output z-loss."""
+    tokens: int = 0
+    """Targets: what the loss is the mean of. Padding has none."""
 
 
 @dataclass
@@ -86,20 +91,23 @@ def train_step(
     batches: Sequence[PackedBatch],
     lr: float,
     clip: float,
-    z_loss: float = 0.0,
+    router_z_loss: float = 0.0,
+    output_z_loss: float = 0.0,
 ) -> StepResult:
     """One update from `batches` at learning rate `lr`, or none when it would not be finite.
 
-    A mixture's gradient is that of the cross-entropy and of its routers' losses, see router.py.
+    The gradient is that of the cross-entropy, of the output's z-loss (loss.py) and, for a mixture,
+    of its routers' losses (router.py); the result's loss is the first alone.
     """
     model, weights, optimizer = trainee.model, trainee.weights, trainee.optimizer
     moe = model.config.moe
     count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
-    routers = moe and RouterLosses(moe, z_loss, sum(len(batch.tokens) for batch in batches))
+    routers = moe and RouterLosses(moe, router_z_loss, sum(len(batch.tokens) for batch in batches))
+    z = OutputZ(output_z_loss) if output_z_loss else None
     loss = 0.0
     for batch in batches:
         routing = Routing(moe, model.device) if moe else None
-        part = batch_loss(model, batch, count, routing)
+        part = batch_loss(model, batch, count, routing, z)
         loss += part.item()
         if routers and routing:
             part = part + routers.add(routing, len(batch.tokens))
@@ -118,26 +126,44 @@ def train_step(
         optimizer.step()
         weights.publish()
     weights.drop_gradients()
-    return StepResult(loss, grad_norm, applied, routers.figures() if routers else {})
+    return StepResult(
+        z.cross_entropy if z else loss,
+        grad_norm,
+        applied,
+        routers.figures() if routers else {},
+        z.square_log_z if z else None,
+        count,
+    )
 
 
 def batch_loss(
-    model: Qwen2, batch: PackedBatch, count: int | None = None, routing: Routing | None = None
+    model: Qwen2,
+    batch: PackedBatch,
+    count: int | None = None,
+    routing: Routing | None = None,
+    z: OutputZ | None = None,
 ) -> Tensor:
     """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean).
 
-    What a mixture's routers did is added to `routing`.
+    What a mixture's routers did is added to `routing`. With `z` the z-loss is added, see loss.py.
     """
     device = model.device
     tokens, positions = batch.tokens.to(device), batch.positions.to(device)
     hidden = model.model(tokens, positions, model.packed(batch.lengths), routing)
-    return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count)
+    return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count, z=z)
+
+
+def trained_lengths(batch: PackedBatch) -> list[int]:
+    """Tokens of each piece that has a target: padding left out."""
+    pieces = zip(batch.lengths, batch.targets.split(batch.lengths), strict=True)
+    return [length for length, targets in pieces if bool((targets != IGNORE).any())]
 
 
 class Run:
     """A run in folder `out`: resumed from its newest checkpoint, or begun.
 
-    `lr` gives the learning rate of a step; `peak_flops` is what MFU is a share of.
+    `lr` gives the learning rate of a step; `peak_flops` is what MFU is a share of. `enter` makes
+    model and loader ready for a step and returns its micro-batches (None: those of `settings`).
 
     Raises:
         UserError: `out` belongs to another model, or its data changed.
@@ -153,10 +179,12 @@ class Run:
         stage: str,
         peak_flops: float,
         evaluate: Evaluate | None = None,
+        enter: Callable[[int], int] | None = None,
     ) -> None:
         self.trainee, self.loader, self.settings, self.lr = trainee, loader, settings, lr
         self.out, self.stage, self.evaluate = out, stage, evaluate
         self.peak_flops = peak_flops
+        self._enter = enter or (lambda _: settings.accumulation)
         self.state = RunState()
         self.checkpoint = newest_checkpoint(out / "checkpoints")
         if self.checkpoint is not None:
@@ -165,6 +193,8 @@ class Run:
             )
             trainee.weights.publish()
             loader.load_state_dict(loader_state)
+        # A finished run is exported as its last step left it, so the next one is not entered yet.
+        self._enter(max(self.state.step - 1, 0))
         self._saved = self.state.step
         self.metrics = MetricsFile(out / "metrics.jsonl", self.state.metrics_bytes)
 
@@ -206,11 +236,18 @@ class Run:
 
     def _step(self) -> dict[str, Any]:
         """One applied step, after passing over batches that are not finite; its metrics line."""
-        lr = self.lr(self.state.step)
+        lr, accumulation = self.lr(self.state.step), self._enter(self.state.step)
         for _ in range(self.settings.max_skips):
             began = time.perf_counter()
-            batches = [next(self.loader) for _ in range(self.settings.accumulation)]
-            result = train_step(self.trainee, batches, lr, self.settings.clip, self.settings.z_loss)
+            batches = [next(self.loader) for _ in range(accumulation)]
+            result = train_step(
+                self.trainee,
+                batches,
+                lr,
+                self.settings.clip,
+                self.settings.router_z_loss,
+                self.settings.output_z_loss,
+            )
             seconds = time.perf_counter() - began
             if result.applied:
                 break
@@ -220,20 +257,22 @@ class Run:
                 f"{self.out}: {self.settings.max_skips} batches in a row without a finite loss and "
                 f"gradient after step {self.state.step}; lower optimizer.lr or look at the data"
             )
-        lengths = [length for batch in batches for length in batch.lengths]
+        lengths = [length for batch in batches for length in trained_lengths(batch)]
         self.state.step += 1
-        self.state.tokens += sum(lengths)
+        self.state.tokens += result.tokens
         flops = step_flops(self.trainee.model.config, lengths)
         line = {
             "step": self.state.step,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "tokens_per_s": round(sum(lengths) / seconds, 1),
+            "tokens_per_s": round(result.tokens / seconds, 1),
             "mfu": round(flops / seconds / self.peak_flops, 4),
             "tokens": self.state.tokens,
             **result.routers,
         }
+        if result.square_log_z is not None:
+            line["output_z_loss"] = result.square_log_z
         self.metrics.write(line)
         return line
 

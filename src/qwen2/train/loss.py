@@ -5,6 +5,9 @@ gradient. Here they exist for one block of rows at a time, in the model's dtype 
 in fp32, and turn into their gradient in place; those of hidden states and weight come from it in
 the same pass. Equal to `F.cross_entropy` of `hidden @ weight.T`, the reference of the tests.
 
+With it, in the same pass too, comes the z-loss of PaLM (Chowdhery et al. 2022, section 5): ζ·ln²Z
+of each target, where ln Z is the logsumexp of its logits. Its gradient is 2ζ·ln Z·p.
+
 torch's `F.linear_cross_entropy` is not used: for bf16 input its loss is bf16 too (off by 0.01 to
 1.5 nats), and its chunked path is 5 to 40 times slower on the CPU (torch 2.13).
 """
@@ -12,6 +15,7 @@ torch's `F.linear_cross_entropy` is not used: for bf16 input its loss is bf16 to
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,14 +29,28 @@ BLOCK_BYTES = 1 << 28  # of logits at the same time; small blocks add up many we
 CHUNK_BYTES = 1 << 23  # of them in fp32: small enough to stay in the cache between passes
 
 
+@dataclass
+class OutputZ:
+    """The z-loss of the head: its coefficient ζ, and the parts of the losses that it went into.
+
+    Both are sums over targets, divided by the `count` of the losses, as those are.
+    """
+
+    coefficient: float
+    cross_entropy: float = 0.0
+    square_log_z: float = 0.0
+    """Without the coefficient."""
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     count: int | None = None,
     block: int | None = None,
+    z: OutputZ | None = None,
 ) -> Tensor:
-    """Sum over the targets' negative log-likelihoods, divided by `count`.
+    """Sum over the targets' negative log-likelihoods, divided by `count`; and the z-loss likewise.
 
     Args:
         hidden: (N, C), after the final norm.
@@ -42,6 +60,7 @@ def chunked_cross_entropy(
             step of several micro-batches gives each the number of targets of all, so that their
             gradients add up to those of the one large batch.
         block: rows whose logits exist at the same time; None: what `BLOCK_BYTES` allow.
+        z: the z-loss to add, where there is one; it takes in what the parts were.
 
     Returns:
         A scalar in nats, in fp32 (fp64 for fp64 input).
@@ -62,9 +81,13 @@ def chunked_cross_entropy(
         blocks = math.ceil(logit_bytes / BLOCK_BYTES) or 1
         block = math.ceil(len(hidden) / blocks) or 1  # all of about the same size
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, count, block, with_gradient
+    loss: Tensor
+    loss, cross_entropy, square_log_z = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, count, block, with_gradient, z.coefficient if z else 0.0
     )
+    if z is not None:
+        z.cross_entropy += cross_entropy.item()
+        z.square_log_z += square_log_z.item()
     return loss
 
 
@@ -80,15 +103,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         count: int,
         block: int,
         with_gradient: bool,
-    ) -> Tensor:
+        zeta: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        parts = torch.zeros(2, dtype=wide, device=hidden.device)  # cross-entropy, ln²Z
         hidden_grad = torch.empty_like(hidden)
         weight_grad: Tensor | None = None
         for first in range(0, len(hidden), block):
             part = slice(first, first + block)
             logits = hidden[part] @ weight.T  # (block, V)
-            total += _losses_and_errors(logits, targets[part], wide)
+            parts += _losses_and_errors(logits, targets[part], wide, zeta)
             if with_gradient:
                 torch.mm(logits, weight, out=hidden_grad[part])
                 product = logits.T @ hidden[part]  # (V, C)
@@ -100,23 +124,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if weight_grad is None:  # no targets here
                 weight_grad = torch.zeros_like(weight)
             ctx.save_for_backward(hidden_grad.div_(count), weight_grad.div_(count).to(weight.dtype))
-        return total / count
+        cross_entropy, square_log_z = parts / count
+        ctx.mark_non_differentiable(cross_entropy, square_log_z)
+        loss = cross_entropy + zeta * square_log_z if zeta else cross_entropy.clone()
+        return loss, cross_entropy, square_log_z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> Any:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None, None, None, None
+        return hidden_grad * grad, weight_grad * grad, None, None, None, None, None
 
 
-def _losses_and_errors(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
-    """The summed loss of logits (rows, V), which become its gradient with respect to them."""
-    total = torch.zeros((), dtype=wide, device=logits.device)
+def _losses_and_errors(logits: Tensor, targets: Tensor, wide: torch.dtype, zeta: float) -> Tensor:
+    """(2,) sums of -ln p and ln²Z of logits (rows, V), which become the gradient of their loss.
+
+    Where zeta is 0, so is the sum of ln²Z, which nobody needs then.
+    """
+    sums = torch.zeros(2, dtype=wide, device=logits.device)
     chunk = max(1, CHUNK_BYTES // (wide.itemsize * logits.shape[1]))
     for part, at in zip(logits.split(chunk), targets[:, None].split(chunk), strict=True):
         log_p = torch.log_softmax(part, dim=-1, dtype=wide)
-        total -= log_p.gather(1, at).sum()
+        of_targets = log_p.gather(1, at)
+        sums[0] -= of_targets.sum()
         error = log_p.exp_()
+        if zeta:
+            log_z = part.gather(1, at).to(wide) - of_targets  # (rows, 1)
+            sums[1] += log_z.square().sum()
+            error *= 1 + 2 * zeta * log_z
         error.scatter_add_(1, at, torch.full_like(at, -1, dtype=wide))
         part.copy_(error)
-    return total
+    return sums

@@ -8,6 +8,7 @@ upcycled mixture (report section 2.2.2). The run's folder is described in stage.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -18,10 +19,12 @@ from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
 from qwen2.model.config import PUBLISHED, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.hub import load_config, load_model
-from qwen2.tokens.loader import PackedLoader, Packing
+from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
 from qwen2.tokens.shards import Shards
-from qwen2.tokens.weighted import WeightedLoader, by_kind
+from qwen2.tokens.share_out import share_out
+from qwen2.tokens.weighted import WeightedLoader, by_kind, check_weights
 from qwen2.train.loop import Evaluate, Trainee
+from qwen2.train.phases import Phase, PhasedLoader, Stretch, cuts, lay_out
 from qwen2.train.stage import StageRecipe, StageResult, claim, make_trainee, open_data, run_stage
 
 
@@ -56,14 +59,38 @@ class PretrainRecipe(StageRecipe):
     """Share of each kind of document in what is trained on; None: as much as there is of it."""
     packing: Packing = "stream"
     """`best_fit`: hardly any document that is shorter than the context is cut; see tokens/."""
+    phases: tuple[Phase, ...] = ()
+    """Parts of the run with their lengths and what changes; then `steps` and `tokens` are theirs.
+
+    See phases.py.
+    """
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Self:
         if (self.model is None) == (self.init is None):
             raise ValueError("give either model (random weights) or init (existing ones)")
-        if self.model and self.context > self.model.max_position_embeddings:
+        if self.model and self.plan[0].context > self.model.max_position_embeddings:
             raise ValueError("context exceeds model.max_position_embeddings")
         return self
+
+    @property
+    def plan(self) -> list[Stretch]:
+        """The phases of the run, or itself as one.
+
+        Raises:
+            ValueError: one has no length, or only some have weights.
+        """
+        if not self.phases:
+            return super().plan
+        if self.steps is not None or self.tokens is not None:
+            raise ValueError("phases: each has its steps or tokens; leave them out of the recipe")
+        plan = lay_out(self._first_stretch(), self.phases)
+        if plan[0].weights is None and plan[-1].weights is not None:
+            raise ValueError("phases: some have weights; give the recipe's weights too, to begin")
+        return plan
+
+    def _first_stretch(self) -> Stretch:
+        return replace(super()._first_stretch(), weights=self.weights)
 
 
 def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> StageResult:
@@ -97,16 +124,38 @@ def build_trainee(recipe: PretrainRecipe, device: torch.device) -> Trainee:
 
 def build_loader(
     recipe: PretrainRecipe, shards: Shards, rank: int = 0, world_size: int = 1
-) -> PackedLoader:
+) -> PhasedLoader:
     """The batches of `recipe` for one rank.
 
     Raises:
         UserError: its weights are not of these shards.
     """
-    shape = recipe.context, recipe.rows, recipe.seed, rank, world_size, recipe.packing
-    if recipe.weights is None:
-        return PackedLoader(shards, *shape)
-    return WeightedLoader(by_kind(shards), recipe.weights, *shape)
+    plan = recipe.plan
+    groups = [[plan[number] for number in group] for group in cuts(plan)]
+    tokens = [sum(s.steps * s.step_tokens for s in group) for group in groups]
+    how = recipe.seed, rank, world_size, recipe.packing
+    firsts = [group[0] for group in groups]
+    weights = [first.weights for first in firsts if first.weights is not None]
+    loaders: list[PackedLoader] = []
+    if not weights:
+        parts = share_out(shards, tokens, recipe.seed)
+        for part, first in zip(parts, firsts, strict=True):
+            loaders.append(PackedLoader(part, first.context, first.rows, *how))
+        return PhasedLoader(plan, loaders)
+    sources = by_kind(shards)
+    shares: dict[str, list[TokenSource]] = {}
+    for of in weights:
+        check_weights(of, sources)
+    for kind, source in sources.items():
+        wanted = [
+            count * of.get(kind, 0.0) / sum(of.values())
+            for count, of in zip(tokens, weights, strict=True)
+        ]
+        shares[kind] = share_out(source, wanted, recipe.seed)
+    for number, (of, first) in enumerate(zip(weights, firsts, strict=True)):
+        own = {kind: parts[number] for kind, parts in shares.items()}
+        loaders.append(WeightedLoader(own, of, first.context, first.rows, *how))
+    return PhasedLoader(plan, loaders)
 
 
 def _config(recipe: PretrainRecipe) -> ModelConfig:
@@ -114,10 +163,10 @@ def _config(recipe: PretrainRecipe) -> ModelConfig:
     if recipe.init is None:
         assert recipe.model is not None
         return recipe.model
-    config = load_config(recipe.init)
-    if recipe.context > config.max_position_embeddings:
+    config, context = load_config(recipe.init), recipe.plan[0].context
+    if context > config.max_position_embeddings:
         raise UserError(
-            f"context {recipe.context}: {recipe.init} has max_position_embeddings "
+            f"context {context}: {recipe.init} has max_position_embeddings "
             f"{config.max_position_embeddings}; stage long_context extends it"
         )
     return config

@@ -39,7 +39,7 @@ class RouterLosses:
         """Keys of the metrics line, over all layers and micro-batches."""
         return {
             "balance_loss": self.balance,
-            "z_loss": self.z,
+            "router_z_loss": self.z,
             "expert_share": [round(share, 6) for share in expert_share(self.counts).tolist()],
             "expert_entropy": expert_entropy(self.counts),
             "dropped": self.dropped,

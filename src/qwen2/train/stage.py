@@ -24,13 +24,14 @@ from qwen2.common.files import read_text, remove_leftovers
 from qwen2.common.runtime import parse_dtype
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
+from qwen2.model.extend import reconfigure
 from qwen2.model.hub import save
 from qwen2.tokenizer import Tokenizer
-from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import Shards
 from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
-from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.optimizers import OptimizerConfig
+from qwen2.train.phases import PhasedLoader, Stretch, config_of_phase, factor_at, phase_at
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import Cosine, Schedule
 
@@ -49,7 +50,7 @@ class StageRecipe(LoopSettings):
     rows: int = Field(gt=0)  # of a micro-batch
     steps: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)  # instead of steps
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: Schedule = Cosine()
     dtype: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
@@ -57,24 +58,36 @@ class StageRecipe(LoopSettings):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give either steps or tokens")
+    def _has_a_length(self) -> Self:
+        assert self.plan
         return self
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens of one update."""
-        return self.context * self.rows * self.accumulation
+    def plan(self) -> list[Stretch]:
+        """The phases of the run: one.
+
+        Raises:
+            ValueError: it has no length.
+        """
+        return [self._first_stretch().lasting(self.steps, self.tokens)]
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole run; a token budget is rounded up."""
-        return self.steps or -(-(self.tokens or 0) // self.step_tokens)
+        """Updates of the whole run."""
+        return sum(stretch.steps for stretch in self.plan)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run, padding too; a budget is rounded up to steps."""
+        return sum(stretch.steps * stretch.step_tokens for stretch in self.plan)
 
     def lr(self, step: int) -> float:
         """Learning rate of an update, counted from 0."""
-        return self.optimizer.lr * self.schedule.factor(step, self.total_steps)
+        return self.optimizer.lr * factor_at(self.plan, self.schedule, step)
+
+    def _first_stretch(self) -> Stretch:
+        """What the keys of the recipe say of its beginning, without a length."""
+        return Stretch(0, 0, self.context, self.rows, self.accumulation)
 
 
 @dataclass(frozen=True)
@@ -114,12 +127,22 @@ def open_data(recipe: StageRecipe, config: ModelConfig, model: str) -> tuple[Sha
 def run_stage(
     recipe: StageRecipe,
     trainee: Trainee,
-    loader: PackedLoader,
+    loader: PhasedLoader,
     tokenizer: Tokenizer,
     evaluate: Evaluate | None = None,
 ) -> StageResult:
-    """Run or resume `recipe`, whose `out` is claimed; export the model when it is finished."""
-    device = trainee.model.device
+    """Run or resume `recipe`, whose `out` is claimed; export the model when it is finished.
+
+    `loader` is of the recipe's plan.
+    """
+    device, plan, config = trainee.model.device, recipe.plan, trainee.model.config
+
+    def enter(step: int) -> int:
+        number = phase_at(plan, step)
+        loader.enter(number)
+        reconfigure(trainee.model, config_of_phase(config, plan, number))
+        return plan[number].accumulation
+
     run = Run(
         trainee,
         loader,
@@ -129,6 +152,7 @@ def run_stage(
         recipe.stage,
         measure_matmul_peak(trainee.model.dtype, device),
         evaluate,
+        enter,
     )
     finished = run.train(recipe.total_steps)
     exported = recipe.out / "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,14 +41,19 @@ class Judge:
             yield index, "no digit" if "bad" in prompts[index].split("<extract>")[1] else 2.0
 
 
-def test_a_killed_run_asks_only_for_what_is_missing(tmp_path: Path) -> None:
+def test_a_killed_run_asks_only_for_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = tmp_path / "deep/judged.jsonl"
     texts = ["one", "two", "bad", "two", "five"]
     with pytest.raises(KeyboardInterrupt):
         judge_all(texts, Judge(dies_after=2), "j", 100, log)
     log.write_bytes(log.read_bytes() + b'\n{"key": "torn')
     again = Judge()
+    capsys.readouterr()
     assert judge_all(texts, again, "j", 100, log) == [2.0, 2.0, None, 2.0, 2.0]
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (told[-1]["stage"], told[-1]["done"], told[-1]["total"]) == ("judge", 4, 4)
     assert log.read_text().count('"score": null, "reason": "no digit"') == 1
     assert again.asked == 2  # four different texts, two answered before
     assert judge_all(texts, Judge(dies_after=0), "j", 100, log) == [2.0, 2.0, None, 2.0, 2.0]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from qwen2.common.errors import UserError
+from qwen2.common.progress import Progress
 
 BEST = 5
 PROMPT = """\
@@ -69,7 +70,9 @@ def judge_all(
     missing = [(k, p) for k, p in dict(zip(keys, prompts, strict=True)).items() if k not in known]
     if missing:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        done = len(known.keys() & set(keys))
+        progress = Progress("judge", done + len(missing), start=done)
+        with log.open("ab") as file, progress:
             for index, said in judge([prompt for _, prompt in missing]):
                 key = missing[index][0]
                 known[key] = None if isinstance(said, str) else said
@@ -78,6 +81,8 @@ def judge_all(
                 # A line begins with its end: a torn one before it stays alone.
                 file.write(b"\n" + line.encode())
                 file.flush()
+                done += 1
+                progress.update(done)
             os.fsync(file.fileno())
     return [known.get(key) for key in keys]
 

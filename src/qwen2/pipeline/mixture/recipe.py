@@ -132,8 +132,7 @@ class MixtureRecipe(ProxyExperiment):
     @property
     def budget(self) -> int:
         """Tokens that the chosen mixture is for."""
-        recipe = self.train_recipe(Path(), Path(), {})
-        return recipe.total_steps * recipe.step_tokens
+        return self.train_recipe(Path(), Path(), {}).total_tokens
 
 
 class StoredScores(Config):

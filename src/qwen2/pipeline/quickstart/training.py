@@ -62,7 +62,7 @@ def pretraining(run: QuickRun) -> dict[str, Any]:
     result = _finished(pretrain(chosen, _watch(run)))
     return _figures(run, result) | {
         "parameters": quick.model.num_parameters(),
-        "step_tokens": chosen.step_tokens,
+        "step_tokens": chosen.plan[0].step_tokens,
     }
 
 

@@ -1,0 +1,127 @@
+"""Checkpoints of several ranks: shards of each in one folder, read by any other number of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from qwen2.common.errors import UserError
+from qwen2.train.checkpoints import (
+    RunState,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from qwen2.train.loop import LoopSettings
+
+pytestmark = pytest.mark.slow
+
+SHAPES = {"model.a.weight": (7, 4), "model.b.bias": (5,), "lm_head.weight": (2, 3)}
+STATE = RunState(step=3, tokens=9, skipped=1, metrics_bytes=8)
+
+
+def whole(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def trainee(seed: int) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+    """Parameters over all ranks, uneven shards too, and an optimizer after a step."""
+    tensors, slopes = whole(seed), whole(seed + 1)
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        tensors, slopes = (
+            {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in of.items()}
+            for of in (tensors, slopes)
+        )
+    masters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=0.1)
+    for name, master in masters.items():
+        master.grad = slopes[name]
+    optimizer.step()
+    return masters, optimizer
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save(folder: Path, seed: int = 0, step: int = 3) -> None:
+    masters, optimizer = trainee(seed)
+    state = RunState(step, STATE.tokens, STATE.skipped, STATE.metrics_bytes)
+    save_checkpoint(folder, state, masters, optimizer, {"row": 5}, LoopSettings(), keep=2)
+
+
+def load(folder: Path) -> None:
+    """What is read is what one process would have computed."""
+    masters, optimizer = trainee(seed=7)
+    path = newest_checkpoint(folder)
+    assert path == folder / "step-00000003"
+    assert load_checkpoint(path, masters, optimizer) == (STATE, {"row": 5})
+    expected = {name: nn.Parameter(tensor) for name, tensor in whole(0).items()}
+    reference = torch.optim.AdamW(expected.values(), lr=0.1)
+    for name, slope in whole(1).items():
+        expected[name].grad = slope
+    reference.step()
+    for name, master in masters.items():
+        torch.testing.assert_close(full(master.detach()), expected[name].detach(), rtol=0, atol=0)
+        for key, value in reference.state[expected[name]].items():
+            found = full(optimizer.state[master][key])
+            torch.testing.assert_close(found, value, rtol=0, atol=0, msg=f"{key}.{name}")
+
+
+def save_where_one_rank_fails(folder: Path) -> None:
+    """All ranks are told, and what there was stays."""
+    if dist.get_rank() == 1:
+        import qwen2.train.checkpoints as module
+
+        def refuse(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        module.save_file = refuse  # type: ignore[assignment]
+    with pytest.raises(UserError) as caught:
+        save(folder, step=4)
+    assert str(caught.value).startswith("rank 1: ") == (dist.get_rank() == 0)
+    assert "step-00000004: the disk is full" in str(caught.value)
+    assert f"the last good one is {folder}/step-00000003" in str(caught.value)
+    dist.barrier()  # the first rank has removed what was half-written
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+
+
+def rank_of(rank: int, count: int, port: int, work: list[str], folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=count)
+    for name in work:
+        getattr(sys.modules[__name__], name)(Path(folder))
+    dist.destroy_process_group()
+
+
+def run_ranks(count: int, work: list[str], folder: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    port = store.port
+    del store
+    mp.spawn(rank_of, (count, port, work, str(folder)), nprocs=count)
+
+
+def test_what_any_number_of_ranks_saved_any_other_reads(tmp_path: Path) -> None:
+    run_ranks(2, ["save", "load", "save_where_one_rank_fails"], tmp_path)
+    load(tmp_path)
+    run_ranks(3, ["load"], tmp_path)
+    ranks = sorted(path.name for path in (tmp_path / "step-00000003/rng").iterdir())
+    assert ranks == ["00000.safetensors", "00001.safetensors"]
+
+
+def test_one_process_saves_for_many(tmp_path: Path) -> None:
+    save(tmp_path)
+    run_ranks(2, ["load"], tmp_path)
