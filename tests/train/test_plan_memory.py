@@ -90,7 +90,7 @@ def test_a_layer_by_hand() -> None:
     #   2 x 32 b k and v, 6 x 4 lse, 4 x 200 b the feed-forward
     work = Work(DENSE, ONE, context=64, rows=2, micro_batches=1)
     assert layer_activations(work) == 128 * (2 * (192 + 4) + 2 * 192 + 3 * 192 + 128 + 24 + 1600)
-    assert layer_activations(work, "selective") == 128 * (4 * 192 + 128 + 24 + 800)
+    assert layer_activations(work, "selective") == 128 * (5 * 192 + 128 + 24 + 800)
     assert layer_activations(work, "full") == 128 * 192
     # tp halves all but the two gathered inputs; cp halves the tokens, and needs no more keys
     halves = Work(DENSE, Mesh(dp_shard=1, tp=2), context=64, rows=2, micro_batches=1)

@@ -21,7 +21,6 @@ from qwen2.train.mesh import Mesh
 from qwen2.train.plan_memory import (
     RECOMPUTE,
     Memory,
-    Recompute,
     Work,
     activations,
     loss_block,
@@ -30,6 +29,7 @@ from qwen2.train.plan_memory import (
 )
 from qwen2.train.plan_time import Cluster, StepTime, bubble_share, step_time, traffic
 from qwen2.train.pretrain import PretrainRecipe
+from qwen2.train.recompute import Recompute
 
 HEADROOM, CPU_HEADROOM = 0.1, 0.2
 """Share of a device's memory that is left to its runtime, libraries and what lies waste between

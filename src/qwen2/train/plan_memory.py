@@ -28,12 +28,10 @@ from typing import Literal
 from qwen2.model.config import BYTES, Mixture, ModelConfig
 from qwen2.train.loss import BLOCK_BYTES, CHUNK_BYTES
 from qwen2.train.mesh import Mesh
-
-Recompute = Literal["none", "selective", "full"]
-"""Activations that the backward pass computes again: none; of each layer what is no product and no
-attention (norms, rotations, the gate); or all of each layer but its input (Chen et al. 2016)."""
+from qwen2.train.recompute import Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+"""See recompute.py; from what needs most memory."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +163,16 @@ def layer_activations(work: Work, recompute: Recompute | None = None) -> int:
     if kept == "full":
         return _share(n * stream, tp)  # the layer's input
     if kept == "selective":
-        # The layer's input, q, k, v, attention's output and lse, o_proj's output, gate and up.
+        # The layer's input, q, k, v, attention's output and lse, and what o_proj returns.
         attention = 4 * stream + 2 * model.kv_size * b + 4 * model.num_attention_heads
-        router = 4 * model.moe.num_experts if model.moe else 0
-        return _share(n * (attention + 2 * _width(model) * b), tp) + n * router
+        if model.moe is None:  # gate, up and down
+            return _share(n * (attention + stream + 2 * model.intermediate_size * b), tp)
+        # The sum of the routed experts, whose own products are computed again; the router's
+        # logits; of the shared expert gate, up and down, and its own gate.
+        width = model.moe.shared_expert_intermediate_size
+        shared = stream + 2 * width * b if width else 0
+        own = 4 * model.moe.num_experts + (b if width else 0)
+        return _share(n * (attention + stream + shared), tp) + n * own
     # q, attention's output and o_proj's input; lse; k and v as ranks of cp have them.
     heads = max(model.num_key_value_heads, tp * work.mesh.cp)
     attention = 3 * stream + 4 * model.num_attention_heads + 2 * heads * model.head_dim * b
@@ -185,15 +189,6 @@ def _norm(work: Work) -> int:
     """Bytes a token: the input, and 1 / rms; on the CPU input and quotient, both in fp32."""
     C = work.model.hidden_size
     return C * work.itemsize + 4 if work.fused_norm else 8 * C + 4
-
-
-def _width(model: ModelConfig) -> int:
-    """Units of the feed-forward that compute one token."""
-    if model.moe is None:
-        return model.intermediate_size
-    moe = model.moe
-    routed = moe.num_experts_per_tok * moe.moe_intermediate_size
-    return routed + moe.shared_expert_intermediate_size
 
 
 def _mixture(work: Work, moe: Mixture) -> tuple[int, int, int]:
@@ -240,8 +235,10 @@ def _loss(work: Work) -> tuple[int, int]:
     b, hidden = work.itemsize, work.tokens * work.model.hidden_size * work.itemsize
     head = _share(work.model.vocab_size, work.mesh.tp) * work.model.hidden_size
     logits, blocks = loss_block(work)
-    sums = head * (b if blocks == 1 else 4 + b)  # of several blocks in fp32
-    forward = logits + min(2 * CHUNK_BYTES, 2 * logits) + 2 * hidden + sums
+    # Of several blocks, the weight's gradients add up in fp32, and the last block's logits are
+    # there while the next one's are made.
+    sums = head * (b if blocks == 1 else 4 + b)
+    forward = min(blocks, 2) * logits + min(2 * CHUNK_BYTES, 2 * logits) + 2 * hidden + sums
     return forward, 2 * hidden + 2 * head * b
 
 

@@ -89,7 +89,7 @@ def _expert_ranks(model: ModelConfig, ranks: int) -> list[int]:
 def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
     """Of one mesh; None, where nothing fits.
 
-    For each number of rows the one that computes least again: no other is faster.
+    For each number of rows the one that computes least again, for it is the fastest.
     """
     fitting = []
     for rows in divisors(job.step_rows // mesh.dp):

@@ -70,10 +70,15 @@ def stage_flops(work: Work, stage: int) -> float:
     """FLOPs of a step in one stage, of all its ranks that share a row, with those done again."""
     model, mesh = work.model, work.mesh
     head = 6 * model.vocab_size * model.hidden_size
-    layers = model.flops_per_token(work.context) - head
+    body = model.flops_per_token(work.context) - head
+    again = 0.0  # of the forward pass, which is a third of all
+    if work.recompute == "full":
+        again = body / 3
+    elif work.recompute == "selective" and (moe := model.moe):  # the routed experts' products
+        routed = 3 * model.hidden_size * moe.moe_intermediate_size * moe.num_experts_per_tok
+        again = 2 * model.num_hidden_layers * routed
     share = stage_layers(model.num_hidden_layers, mesh.pp)[stage] / model.num_hidden_layers
-    again = 4 / 3 if work.recompute == "full" else 1  # the forward pass is a third of all
-    each = layers * share * again + (head if stage == mesh.pp - 1 else 0)
+    each = (body + again) * share + (head if stage == mesh.pp - 1 else 0)
     return each * work.rows * work.context * work.micro_batches
 
 
