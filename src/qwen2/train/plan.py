@@ -46,7 +46,7 @@ class Job:
     context: int
     step_rows: int  # of all ranks in a step
     rows: int  # of a micro-batch, as the recipe has it
-    steps: int
+    tokens: int  # of the whole run
     dtype: Literal["bf16", "fp32"]
     on_cpu: bool
     mesh: Mesh | None  # as the recipe has it; None: it says nothing
@@ -108,7 +108,7 @@ class Plan:
             "step_seconds": asdict(time),
             "tokens_per_second": speed,
             "mfu": speed * per_token / (cluster.devices * cluster.flops),
-            "days": self.job.steps * time.total / DAY,
+            "days": self.job.tokens / speed / DAY,
         }
 
 
@@ -136,7 +136,7 @@ def read_job(values: dict[str, Any], where: str) -> Job:
         recipe.context,
         recipe.rows * recipe.accumulation,
         recipe.rows,
-        recipe.total_steps,
+        recipe.total_tokens,
         recipe.dtype,
         recipe.device == "cpu",
         None if given is None else Mesh.parse(given, f"{where}: mesh"),
