@@ -98,7 +98,8 @@ def _show(name: str, plans: list[Plan]) -> None:
     say = console.print
     say(
         f"{name}: {job.model.num_parameters() / 1e9:,.2f}B parameters, {job.step_tokens:,} tokens "
-        f"a step, {job.tokens / 1e12:,.3g}T in all\n{cluster.devices} x {cluster.memory / 1e9:g} GB, "
+        f"a step, {job.tokens:,} in all\n"
+        f"{cluster.devices} x {cluster.memory / 1e9:g} GB, "
         f"{cluster.flops / 1e12:,.0f} TFLOP/s, {cluster.host_bandwidth / 1e9:g} GB/s in hosts of "
         f"{cluster.host}, {cluster.bandwidth / 1e9:g} GB/s between\n\n"
         f"mesh: {describe(work.mesh)}; recompute {work.recompute}\n"
