@@ -100,7 +100,7 @@ def _show(name: str, plans: list[Plan]) -> None:
         f"{name}: {job.model.num_parameters() / 1e9:,.2f}B parameters, {job.step_tokens:,} tokens "
         f"a step, {job.tokens:,} in all\n"
         f"{cluster.devices} x {cluster.memory / 1e9:g} GB, "
-        f"{cluster.flops / 1e12:,.0f} TFLOP/s, {cluster.host_bandwidth / 1e9:g} GB/s in hosts of "
+        f"{cluster.flops / 1e12:g} TFLOP/s, {cluster.host_bandwidth / 1e9:g} GB/s in hosts of "
         f"{cluster.host}, {cluster.bandwidth / 1e9:g} GB/s between\n\n"
         f"mesh: {describe(work.mesh)}; recompute {work.recompute}\n"
         f"micro-batches: {work.micro_batches} a step, rows of {work.context:,} tokens: {work.rows}"
