@@ -15,6 +15,7 @@ from qwen2.cli import (
     corpus,
     doctor,
     generate,
+    plan,
     quickstart,
     score,
     serve,
@@ -62,6 +63,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(corpus.app, name="corpus")
 app.add_typer(synth.app, name="synth")
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(upcycle.upcycle)
 app.command()(doctor.doctor)
 app.add_typer(bench.app, name="bench")

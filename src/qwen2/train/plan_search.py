@@ -1,0 +1,156 @@
+"""The mesh for a job: all divisors of the devices are tried, the fastest that fits wins.
+
+Every mesh that `Mesh.problems` lets pass, and whose ranks can share the rows of a step, is tried
+with each number of rows in a micro-batch and each way to recompute activations: some thousands of
+closed forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from qwen2.common.errors import UserError
+from qwen2.model.config import ModelConfig
+from qwen2.train.mesh import ORDER, Mesh
+from qwen2.train.plan import Job, Plan, make_plan
+from qwen2.train.plan_memory import RECOMPUTE
+from qwen2.train.plan_time import Cluster
+
+MOST = 1 << 20  # devices that are looked at when something would need more
+
+
+def best_plans(job: Job, cluster: Cluster, count: int = 5) -> list[Plan]:
+    """The fastest plans that fit, of different meshes; the first is that of the job's own mesh,
+    where it has one that fits.
+
+    Raises:
+        UserError: no mesh divides the model and the rows of a step, or nothing fits; says what is
+            nearest and what would help.
+    """
+    own = own_plan(job, cluster) if job.mesh else None
+    if own and own.fits:
+        return [own]
+    tried = (_fastest(job, cluster, mesh) for mesh in meshes(job, cluster.devices))
+    fitting = [plan for plan in tried if plan]
+    if not fitting:
+        raise UserError(_why_not(job, cluster))
+    return sorted(fitting, key=_merit)[:count]
+
+
+def own_plan(job: Job, cluster: Cluster) -> Plan:
+    """The job's own mesh, with its rows where they can be, and as little computed again as fits.
+
+    Raises:
+        UserError: the mesh cannot be.
+    """
+    assert job.mesh
+    mesh = job.mesh.resolve(cluster.devices, job.model, job.context)
+    if job.step_rows % mesh.dp:
+        raise UserError(
+            f"mesh: its {mesh.dp} ranks with rows of their own cannot share the {job.step_rows} "
+            "rows of a step (rows x accumulation); choose a divisor, or another accumulation"
+        )
+    each = job.step_rows // mesh.dp
+    rows = job.rows if each % job.rows == 0 else max(r for r in divisors(each) if r <= job.rows)
+    for recompute in RECOMPUTE:
+        plan = make_plan(job, cluster, mesh, rows, recompute)
+        if plan.fits:
+            break
+    return plan
+
+
+def meshes(job: Job, devices: int) -> Iterator[Mesh]:
+    """All meshes of so many ranks that divide the model and the rows of a step."""
+    for pp in divisors(devices):
+        for tp in divisors(devices // pp):
+            for cp in divisors(devices // pp // tp):
+                dp = devices // pp // tp // cp
+                if job.step_rows % dp:
+                    continue
+                for shard in divisors(dp):
+                    for ep in _expert_ranks(job.model, shard * cp):
+                        mesh = Mesh(
+                            pp=pp, dp_replicate=dp // shard, dp_shard=shard, cp=cp, tp=tp, ep=ep
+                        )
+                        if not mesh.problems(job.model, job.context):
+                            yield mesh
+
+
+def divisors(number: int) -> list[int]:
+    """From 1 up."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _expert_ranks(model: ModelConfig, ranks: int) -> list[int]:
+    return [d for d in divisors(ranks) if model.moe.num_experts % d == 0] if model.moe else [1]
+
+
+def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
+    """Of one mesh; None, where nothing fits.
+
+    For each number of rows the one that computes least again, for it is the fastest.
+    """
+    fitting = []
+    for rows in divisors(job.step_rows // mesh.dp):
+        plans = (make_plan(job, cluster, mesh, rows, recompute) for recompute in RECOMPUTE)
+        plan = next((plan for plan in plans if plan.fits), None)
+        if plan is None:
+            break  # more rows need more
+        fitting.append(plan)
+    return min(fitting, key=_merit, default=None)
+
+
+def _least(job: Job, cluster: Cluster, mesh: Mesh) -> Plan:
+    """The plan of a mesh that needs least memory, or nearly."""
+    return make_plan(job, cluster, mesh, 1, "full")
+
+
+def _merit(plan: Plan) -> tuple[float, ...]:
+    """Less is better: time to three digits, then what is computed again, then dimensions in use,
+    then memory."""
+    mesh = plan.work.mesh
+    used = sum(getattr(mesh, name) > 1 for name in (*ORDER, "ep"))
+    seconds = float(f"{plan.time.total:.3g}")
+    return seconds, RECOMPUTE.index(plan.work.recompute), used, plan.memory.total
+
+
+def _why_not(job: Job, cluster: Cluster) -> str:
+    """One line: what is nearest, and what would help."""
+    nearest = _nearest(job, cluster)
+    if nearest is None:
+        return (
+            f"no mesh of {cluster.devices} devices divides the model and the {job.step_rows} rows "
+            "of a step (rows x accumulation); choose a number of devices with more factors of two"
+        )
+    need = nearest.memory.total / (1 - job.headroom)
+    helps = [f"devices of {need / 1e9:,.0f} GB"]
+    more = cluster.devices * 2
+    while more <= MOST:
+        found = _nearest(job, replace(cluster, devices=more))
+        if found is None:
+            break
+        if found.fits:
+            helps.insert(0, f"{more} devices")
+            break
+        more *= 2
+    return (
+        f"nothing fits {cluster.devices} x {cluster.memory / 1e9:,.0f} GB: the nearest mesh, "
+        f"{describe(nearest.work.mesh)} with full recomputation and one row a micro-batch, needs "
+        f"{nearest.memory.total / 1e9:,.1f} GB and {job.headroom:.0%} to spare; "
+        f"{' or '.join(helps)} would do"
+    )
+
+
+def _nearest(job: Job, cluster: Cluster) -> Plan | None:
+    """The plan that needs least memory; None, where no mesh can be."""
+    least = (_least(job, cluster, mesh) for mesh in meshes(job, cluster.devices))
+    return min(least, key=lambda plan: plan.memory.total, default=None)
+
+
+def describe(mesh: Mesh) -> str:
+    """The dimensions in use, such as `pp 2 x dp_shard 16 x tp 8`."""
+    sizes = {**mesh.sizes(), "ep": mesh.ep}
+    used = [f"{name} {size}" for name, size in sizes.items() if size > 1 and name != "ep"]
+    text = " x ".join(used) or "one rank"
+    return f"{text}, ep {mesh.ep}" if mesh.ep > 1 else text

@@ -1,0 +1,145 @@
+"""Times and traffic by hand, the search, and all shipped recipes on a plausible cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qwen2.common.config import read_values
+from qwen2.common.errors import UserError
+from qwen2.common.recipes import find_recipe
+from qwen2.model.config import PUBLISHED
+from qwen2.train.mesh import Mesh
+from qwen2.train.plan import Job, read_job
+from qwen2.train.plan_memory import Work, layer_parameters, root_parameters
+from qwen2.train.plan_search import best_plans, describe, divisors, meshes
+from qwen2.train.plan_time import (
+    Cluster,
+    bubble_share,
+    exchange_bandwidth,
+    ring_bandwidth,
+    stage_flops,
+    step_time,
+    traffic,
+)
+
+H100 = Cluster(devices=8, memory=80e9)
+GIVEN = ["init=null", "model.published=57b-a14b"]  # its `init` comes from another run
+
+
+def job(name: str, *overrides: str) -> Job:
+    path = find_recipe(name)
+    return read_job(read_values(path, overrides), str(path))
+
+
+def work(size: str, rows: int = 1, micro_batches: int = 1, **mesh: int) -> Work:
+    return Work(PUBLISHED[size], Mesh(**{"dp_shard": 1, **mesh}), 4096, rows, micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "overrides"),
+    [("0.5b", 8, []), ("1.5b", 16, []), ("7b", 32, []), ("57b-a14b", 32, GIVEN), ("72b", 256, [])],
+)
+def test_shipped_recipes_have_a_mesh_that_fits(
+    name: str, devices: int, overrides: list[str]
+) -> None:
+    asked = job(name, *overrides)
+    plans = best_plans(asked, Cluster(devices, 80e9))
+    for plan in plans:
+        assert plan.fits
+        assert plan.memory.total <= 72e9
+        assert plan.work.mesh.world_size == devices
+        assert plan.work.mesh.problems(asked.model, asked.context) == []
+        rows = plan.work.rows * plan.work.micro_batches * plan.work.mesh.dp
+        assert rows == asked.step_rows == 1024
+        assert 0.2 < plan.figures()["mfu"] < 0.5001  # no more than the efficiency
+    speeds = [plan.tokens_per_second for plan in plans]
+    assert speeds == pytest.approx(sorted(speeds, reverse=True), rel=0.01)
+
+
+def test_time_of_one_device_is_its_products() -> None:
+    one = work("0.5b", rows=2, micro_batches=3)
+    flops = PUBLISHED["0.5b"].flops_per_token(4096) * 6 * 4096
+    time = step_time(one, Cluster(1, 80e9, flops=100e12, efficiency=0.4))
+    assert time.total == time.compute == pytest.approx(flops / 40e12)
+    assert set(vars(traffic(one)).values()) == {0}
+
+
+def test_traffic_by_hand() -> None:
+    # 7B: a layer's all-gathers and reduce-scatters pass 7/8 of 2 + 2 + 4 bytes a parameter
+    model, parameters = PUBLISHED["7b"], PUBLISHED["7b"].num_parameters()
+    assert traffic(work("7b", micro_batches=2, dp_shard=8)).fsdp == 2 * 8 * parameters * 7 / 8
+    # two replicas: twice half of the fp32 gradients
+    assert traffic(work("7b", dp_replicate=2)).hsdp == 4 * parameters
+    # tp 2: of 4096 x 3584 bf16 half, 4 a layer forward and as many backward, 2 each at the ends
+    passed = 4096 * 3584 * 2 / 2
+    assert traffic(work("7b", tp=2)).tp == passed * (8 * 28 + 4)
+    # cp 2: half of q, the output, k and v (512 each) of 2,048 tokens, forward and backward
+    assert traffic(work("7b", cp=2)).cp == 2 * 28 * 2048 * (2 * 3584 + 2 * 512) * 2 / 2
+    # ep 4: 3/4 of eight rows a token, sent and returned, forward and backward
+    mixture = traffic(work("57b-a14b", dp_shard=4, ep=4))
+    assert mixture.ep == 2 * 28 * 2 * 4096 * 8 * 3584 * 2 * 3 / 4
+    # whose experts nobody else has: only the rest is gathered
+    counts = layer_parameters(PUBLISHED["57b-a14b"])
+    rest = 28 * (counts.split + counts.whole) + root_parameters(PUBLISHED["57b-a14b"]).total
+    assert mixture.fsdp == 8 * rest * 3 / 4
+    # pp 2: a micro-batch's activations one way, their gradients the other
+    assert traffic(work("7b", micro_batches=4, pp=2), 1).pp == 4 * 4096 * 3584 * 2
+    assert model.hidden_size == 3584
+
+
+def test_bubble_and_recomputation() -> None:
+    assert bubble_share(work("7b", micro_batches=6, pp=3)) == 2 / 8
+    plain = work("72b")
+    full = Work(plain.model, plain.mesh, 4096, 1, 1, recompute="full")
+    head = 6 * 152_064 * 8192 * 4096
+    assert stage_flops(full, 0) - head == pytest.approx(4 / 3 * (stage_flops(plain, 0) - head))
+    halves = work("72b", pp=2)
+    assert stage_flops(halves, 0) + stage_flops(halves, 1) == pytest.approx(stage_flops(plain, 0))
+
+
+def test_links() -> None:
+    assert ring_bandwidth(H100, size=8, stride=1) == 450e9  # within a host
+    assert ring_bandwidth(H100, size=16, stride=1) == 400e9  # eight cards at a host's border
+    assert ring_bandwidth(H100, size=4, stride=8) == 50e9  # one card each
+    assert ring_bandwidth(H100, size=8, stride=2) == 200e9
+    assert exchange_bandwidth(H100, size=8, stride=1) == 450e9
+    assert exchange_bandwidth(H100, size=16, stride=1) == 50e9 * 15 / 8  # 7 of 15 stay
+
+
+def test_a_mesh_that_fits_is_taken_as_it_is() -> None:
+    (plan,) = best_plans(job("7b", "mesh.tp=2"), Cluster(32, 80e9))
+    assert plan.work.mesh == Mesh(dp_shard=16, tp=2)
+    assert plan.work.rows == 4
+    # One that does not is replaced.
+    replaced = best_plans(job("72b", "mesh.dp_replicate=256"), Cluster(256, 80e9))
+    assert all(plan.work.mesh.dp_replicate < 256 for plan in replaced)
+
+
+def test_all_meshes_are_found() -> None:
+    # 4 devices, tied: pp 1; tp 1 or 2 (2 kv heads); cp 1 or 2, for tp 2 leaves 7 and 1 heads
+    found = {describe(mesh) for mesh in meshes(job("0.5b"), 4)}
+    assert found == {
+        "dp_shard 4", "dp_replicate 2 x dp_shard 2", "dp_replicate 4", "dp_shard 2 x cp 2",
+        "dp_replicate 2 x cp 2", "dp_shard 2 x tp 2", "dp_replicate 2 x tp 2",
+    }  # fmt: skip
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "says"),
+    [
+        (("72b",), 8, "nothing fits 8 x 80 GB: the nearest mesh, tp 8 .* 32 devices or devices of"),
+        (("0.5b",), 11, "no mesh of 11 devices divides the model and the 1024 rows"),
+        (("7b", "mesh.tp=3"), 8, "tp 3 is 6 ranks, but the world has 8"),
+        (("7b", "mesh.dp_shard=24"), 24, "its 24 ranks .* cannot share the 1024 rows"),
+        (("57b-a14b",), 8, "to plan before it is there, give its shape"),
+        (("7b", "mesh.tq=3"), 8, "unknown key 'tq'"),
+        (("long_context",), 8, "stage"),
+    ],
+)
+def test_what_cannot_be_is_one_line(asked: Any, devices: int, says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        best_plans(job(*asked), Cluster(devices, 80e9))
+    assert "\n" not in str(error.value)

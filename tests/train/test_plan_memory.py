@@ -1,0 +1,198 @@
+"""The closed forms against numbers by hand, built modules, and what autograd really saves."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qwen2.model.config import PUBLISHED, Mixture, ModelConfig
+from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.moe import Routing
+from qwen2.train.mesh import Mesh
+from qwen2.train.plan_memory import (
+    Parameters,
+    Work,
+    activations,
+    layer_activations,
+    layer_parameters,
+    loss_block,
+    moments,
+    peak,
+    root_parameters,
+    stage_layers,
+    stage_parameters,
+)
+from qwen2.train.recompute import Recompute, recompute_activations
+
+DENSE = ModelConfig(
+    vocab_size=320, hidden_size=96, intermediate_size=200, num_hidden_layers=2,
+    num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
+)  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}  # fmt: skip
+ONE = Mesh(dp_shard=1)
+
+
+class Living(TorchDispatchMode):
+    """The storages that operators have made and that are still there, but for those `known`."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operator: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if (key := storage._cdata) not in self.sizes and key not in self.known:
+                    self.sizes[key] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, key)
+        return result
+
+
+def saved_bytes(
+    config: ModelConfig, dtype: torch.dtype, documents: list[int], recompute: Recompute
+) -> int:
+    """Bytes of the storages that the decoder's forward pass leaves for its backward pass."""
+    model = Qwen2(config)
+    init_weights(model, torch.Generator().manual_seed(0))
+    model.to(dtype)
+    recompute_activations(model, recompute)
+    tokens = torch.randint(config.vocab_size, (sum(documents),))
+    positions = torch.cat([torch.arange(length) for length in documents])
+    routing = Routing(config.moe, model.device) if config.moe else None
+    with Living([*model.parameters(), tokens]) as living:
+        hidden = model.model(tokens, positions, model.packed(documents), routing)
+    assert hidden.requires_grad
+    return sum(living.sizes.values()) - hidden.nbytes + tokens.nbytes
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("documents", [[64], [40, 24]])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        None,
+        Mixture(**EXPERTS),
+        Mixture(**EXPERTS | {"norm_topk_prob": True}),
+        Mixture(**EXPERTS | {"shared_expert_intermediate_size": 0}),
+    ],
+    ids=["dense", "mixture", "normalised", "none shared"],
+)
+def test_activations_are_what_autograd_saves(
+    moe: Mixture | None, documents: list[int], dtype: Any, recompute: Any
+) -> None:
+    config = DENSE.model_copy(update={"moe": moe})
+    wide = torch.float32 if dtype == "fp32" else torch.bfloat16
+    work = Work(config, ONE, 64, 1, 1, dtype, recompute, fused_norm=False)
+    saved = saved_bytes(config, wide, documents, recompute)
+    assert activations(work) == pytest.approx(saved, rel=0.02)
+
+
+def test_a_layer_by_hand() -> None:
+    # C = 96, I = 200, 6 heads of 16, 2 of keys, bf16; with fused norms a token's bytes are
+    #   2 (96 b + 4) norms, 2 x 96 b their outputs, 3 x 96 b q, out and o_proj's input,
+    #   2 x 32 b k and v, 6 x 4 lse, 4 x 200 b the feed-forward
+    work = Work(DENSE, ONE, context=64, rows=2, micro_batches=1)
+    assert layer_activations(work) == 128 * (2 * (192 + 4) + 2 * 192 + 3 * 192 + 128 + 24 + 1600)
+    assert layer_activations(work, "selective") == 128 * (5 * 192 + 128 + 24 + 800)
+    assert layer_activations(work, "full") == 128 * 192
+    # tp halves all but the two gathered inputs; cp halves the tokens, and needs no more keys
+    halves = Work(DENSE, Mesh(dp_shard=1, tp=2), context=64, rows=2, micro_batches=1)
+    assert layer_activations(halves) == 128 * (392 + 576 + 128 + 24 + 1600) // 2 + 128 * 2 * 192
+    shared = Work(DENSE, Mesh(dp_shard=1, cp=2), context=64, rows=2, micro_batches=1)
+    assert layer_activations(shared) == layer_activations(work) // 2
+
+
+def test_a_stage_holds_as_many_micro_batches_as_are_open() -> None:
+    mesh = Mesh(dp_shard=1, pp=2)
+    work = Work(DENSE, mesh, context=64, rows=1, micro_batches=4)
+    layer, table = layer_activations(work), 64 * 16 * 2
+    assert activations(work, 0) == 2 * (layer + table + 64 * 8)
+    assert activations(work, 1) == layer + table + 64 * (192 + 4)
+
+
+def test_the_logits_are_computed_in_even_blocks() -> None:
+    # 4,096 rows of 152,064 logits in bf16 are 1.25e9 bytes: 5 blocks of at most 2^28, of 820 rows
+    work = Work(PUBLISHED["72b"], ONE, context=4096, rows=1, micro_batches=1)
+    assert loss_block(work) == (820 * 152_064 * 2, 5)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("sizes", [{}, {"pp": 4, "tp": 2, "dp_shard": 4}, {"cp": 2, "dp_shard": 8}])
+def test_parameters_of_all_ranks_are_the_models(size: str, sizes: dict[str, int]) -> None:
+    model = PUBLISHED[size]
+    if model.tie_word_embeddings:
+        sizes = sizes | {"pp": 1}
+    mesh = Mesh(**{"dp_shard": 1, **sizes})
+    stages = [stage_parameters(model, mesh, stage) for stage in range(mesh.pp)]
+    assert sum(stage.total for stage in stages) == model.num_parameters()
+    # On the ranks: what tp does not divide is there once for each of its ranks; padding apart.
+    ranks = mesh.fsdp * mesh.tp
+    kept = sum(stage.kept(mesh) for stage in stages) * ranks
+    copies = sum(stage.whole for stage in stages) * (mesh.tp - 1)
+    assert 0 <= kept - copies - model.num_parameters() <= 3 * ranks * mesh.pp
+
+
+def test_parameters_by_hand_and_in_the_module() -> None:
+    # q and o 2 x 96², their bias 96, k and v 2 (96 x 32 + 32), MLP 3 x 96 x 200; two norms
+    assert layer_parameters(DENSE) == Parameters(18_432 + 96 + 6_208 + 57_600, 192, 0)
+    assert root_parameters(DENSE) == Parameters(2 * 320 * 96, 96)
+    mixture = DENSE.model_copy(update={"moe": Mixture(**EXPERTS)})
+    layer = Qwen2(mixture).model.layers[0]
+    experts = sum(p.numel() for p in layer.mlp.experts.parameters())
+    counted = layer_parameters(mixture)
+    assert counted.experts == experts == 3 * 96 * 10 * 40
+    assert counted.total == sum(p.numel() for p in layer.parameters())
+    # ep divides the experts that are gathered, not those that are kept: those fsdp divides anyway
+    mesh = Mesh(dp_shard=4, ep=2)
+    assert counted.gathered(mesh) == counted.split + counted.whole + experts // 2
+    assert counted.kept(mesh) == counted.kept(Mesh(dp_shard=4))
+
+
+def test_layers_of_stages() -> None:
+    assert stage_layers(28, 8) == [4, 4, 4, 4, 3, 3, 3, 3]
+    assert stage_layers(80, 4) == [20] * 4
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("fp32", 16), ("bf16", 18)])
+def test_one_process_at_its_update(dtype: Any, bytes_each: int) -> None:
+    """Masters, two moments and gradients in fp32, and the model beside them in bf16."""
+    work = Work(DENSE, ONE, context=8, rows=1, micro_batches=1, dtype=dtype)
+    *_, update = moments(work)
+    assert update.total == bytes_each * DENSE.num_parameters()
+
+
+def test_sharded_state_is_a_share_and_two_layers_are_gathered() -> None:
+    mesh = Mesh(dp_shard=8)
+    work = Work(PUBLISHED["7b"], mesh, context=4096, rows=1, micro_batches=2)
+    memory = peak(work)
+    parameters = PUBLISHED["7b"].num_parameters()
+    assert memory.weights == pytest.approx(4 * parameters / 8)
+    assert memory.optimizer == pytest.approx(8 * parameters / 8)
+    layer, root = layer_parameters(work.model).total, root_parameters(work.model).total
+    assert memory.gathered == 2 * (2 * layer + root)
+    # The last moment is the update: nothing is left but state and gradients.
+    *_, update = moments(work)
+    assert update.total == pytest.approx(16 * parameters / 8)
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_a_process() -> None:
+    """Of real steps in a process of their own, whose allocator gives back what is freed."""
+    from plan_memory import measure, predicted
+
+    case: dict[str, Any] = {"dtype": "fp32", "rows": 2, "num_hidden_layers": 2}
+    assert predicted(**case) == pytest.approx(measure(True, case), rel=0.1)
