@@ -1,37 +1,76 @@
-"""Charts as SVG text, to stand inside a page or alone: lines over x, dots, and grouped bars.
+"""Charts as SVG text, to stand inside a page or alone: lines, areas, dots, bars and heat maps.
 
 Colours come from CSS variables with fallbacks, so that a page can have a dark side.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
 
 COLOURS = ["#3f6fd8", "#d8743f", "#3fa372", "#a04fc0", "#888888", "#c4407c", "#2fa5b5"]
+BAND = "#8f9bb36b"
+HEAT = ["#2b4fa8", "#6f93e0", "#b9cbf2", "#8886", "#f3c9a8", "#e08a4f", "#b8451a"]
+"""From far too little over what is right (nearly the paper) to far too much."""
 WIDTH, HEIGHT = 720, 300
 VALUE_WIDTH = 24  # of a bar that has room for its number
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 44
 
 
-def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """Lines of (x, y) points by name; a series of few points is drawn with dots too."""
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points if math.isfinite(y)]
-    if not xs or not ys:
+def line_chart(
+    series: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    *,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    marks: Sequence[float] = (),
+    levels: Mapping[str, float] | None = None,
+    logarithmic: bool = False,
+) -> str:
+    """Lines of (x, y) points by name; a series of few points is drawn with dots too.
+
+    A series of the empty name has no place in the legend.
+
+    Args:
+        bands: areas of (x, lowest, highest), behind the lines.
+        marks: places on the x axis with an upright red line.
+        levels: dashed lines at a height, by name; that of the empty name only has the axis reach
+            so far.
+        logarithmic: the y axis; what is not above 0 is left out.
+    """
+    bands, levels = bands or {}, levels or {}
+    drawable = (lambda y: y > 0 and math.isfinite(y)) if logarithmic else math.isfinite
+    points = [point for line in series.values() for point in line if drawable(point[1])]
+    areas = [[p for p in band if drawable(p[1]) and drawable(p[2])] for band in bands.values()]
+    xs = [x for x, _ in points] + [x for area in areas for x, _, _ in area]
+    ys = [y for _, y in points] + [y for area in areas for _, *ends in area for y in ends]
+    if not xs:
         return _frame("", x_label, y_label, [])
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    xs, ys = [*xs, *marks], [*ys, *levels.values()]
+    x_ticks = ticks(min(xs), max(xs))
+    y_ticks = (log_ticks if logarithmic else ticks)(min(ys), max(ys))
     x_of = _scale(x_ticks, LEFT, WIDTH - RIGHT)
-    y_of = _scale(y_ticks, HEIGHT - BOTTOM, TOP)
+    y_of = _scale(y_ticks, HEIGHT - BOTTOM, TOP, math.log10 if logarithmic else float)
     parts = [_x_tick(x_of(x), _number(x)) for x in x_ticks]
     parts += [_y_tick(y_of(y), _number(y)) for y in y_ticks]
-    for index, points in enumerate(series.values()):
+    for area in areas:
+        around = [(x_of(x), y_of(high)) for x, _, high in area]
+        around += [(x_of(x), y_of(low)) for x, low, _ in reversed(area)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in around)
+        parts.append(f'<polygon points="{path}" fill="{BAND}" stroke="{BAND}"/>')
+    parts += [_mark(x_of(x)) for x in marks]
+    for name, level in levels.items():
+        if name:
+            parts.append(_level(y_of(level), name))
+    for index, line in enumerate(series.values()):
         colour = COLOURS[index % len(COLOURS)]
-        places = [(x_of(x), y_of(y)) for x, y in points if math.isfinite(y)]
+        places = [(x_of(x), y_of(y)) for x, y in line if drawable(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
@@ -40,7 +79,54 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places
             ]
-    return _frame("".join(parts), x_label, y_label, list(series))
+    names = [*series, *bands]
+    colours = [*(COLOURS[i % len(COLOURS)] for i in range(len(series))), BAND]
+    return _frame("".join(parts), x_label, y_label, names, colours=colours)
+
+
+def heat_map(
+    rows: Mapping[str, Points], x_label: str, y_label: str, edges: Sequence[float], steps: int
+) -> str:
+    """A row a series, its values as colours: HEAT[i] from edges[i - 1] up to edges[i].
+
+    Args:
+        steps: of x, the width of a cell: its x is where it ends.
+    """
+    xs = [x for row in rows.values() for x, _ in row]
+    if not xs:
+        return _frame("", x_label, y_label, [])
+    marks = ticks(0, max(xs))
+    x_of = _scale(marks, LEFT, WIDTH - RIGHT)
+    tall = (HEIGHT - TOP - BOTTOM) / len(rows)
+    cells: list[list[str]] = [[] for _ in HEAT]
+    every = -(-len(rows) // 16)
+    parts = []
+    for place, (name, row) in enumerate(rows.items()):
+        y = TOP + tall * place
+        if place % every == 0:
+            middle = y + tall / 2 + 4
+            parts.append(
+                f'<text x="{LEFT - 6}" y="{middle:.1f}" text-anchor="end">{escape(name)}</text>'
+            )
+        runs: list[list[float]] = []  # neighbours of one colour are one area
+        for x, value in row:
+            level = bisect_right(edges, value)
+            if runs and runs[-1][0] == level:
+                runs[-1][2] = x
+            else:
+                runs.append([level, runs[-1][2] if runs else max(x - steps, 0), x])
+        for hue, start, stop in runs:
+            left, width = x_of(start), x_of(stop) - x_of(start)
+            cells[int(hue)].append(f"M{left:.1f} {y:.1f}h{width:.1f}v{tall:.1f}h{-width:.1f}z")
+    parts += [
+        f'<path d="{"".join(path)}" fill="{colour}" shape-rendering="crispEdges"/>'
+        for path, colour in zip(cells, HEAT, strict=True)
+        if path
+    ]
+    parts += [_x_tick(x_of(x), _number(x), line=False) for x in marks]
+    bounds = ["", *(f"{edge:g}" for edge in edges), ""]
+    names = [f"{low}–{high}" for low, high in itertools.pairwise(bounds)]
+    return _frame("".join(parts), x_label, y_label, names, colours=HEAT)
 
 
 def scatter_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
@@ -127,23 +213,43 @@ def standalone(chart: str) -> str:
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
     """About `count` round numbers, a step of 1, 2 or 5 times a power of ten, around [low, high]."""
-    span = (high - low) or abs(high) or 1.0
+    span = high - low
+    if span <= 1e-9 * abs(high):  # equal, but for rounding
+        span = abs(high) or 1.0
     rough = span / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    digits = 2 - math.floor(math.log10(step))
+    return [round(i * step, digits) for i in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Numbers with 1, 2 or 5 as their digit around [low, high], above 0; else powers of ten."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    digits = (1, 2, 5) if last - first <= 2 else (1,)
+    marks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
+    start = max(bisect_right(marks, low * (1 + 1e-9)) - 1, 0)
+    stop = max(bisect_left(marks, high * (1 - 1e-9)), start + 1)
+    return marks[start : stop + 1]
 
 
 class _scale:  # noqa: N801 - a function with a memory
-    """Maps the range of the ticks onto pixels."""
+    """Maps the range of the ticks onto pixels; `by` is what grows evenly."""
 
-    def __init__(self, marks: Sequence[float], start: float, stop: float) -> None:
-        self.low, self.high = marks[0], marks[-1]
+    def __init__(
+        self,
+        marks: Sequence[float],
+        start: float,
+        stop: float,
+        by: Callable[[float], float] = float,
+    ) -> None:
+        self.by = by
+        self.low, self.high = by(marks[0]), by(marks[-1])
         self.start, self.stop = start, stop
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
+        share = (self.by(value) - self.low) / (self.high - self.low)
         return self.start + share * (self.stop - self.start)
 
 
@@ -169,14 +275,36 @@ def _y_tick(y: float, text: str) -> str:
     )
 
 
+def _mark(x: float) -> str:
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="mark" '
+        'stroke="#d33" stroke-width="1.2"/>'
+    )
+
+
+def _level(y: float, name: str) -> str:
+    return (
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
+        'stroke="var(--ink,#333)" stroke-dasharray="5 4"/>'
+        f'<text x="{WIDTH - RIGHT - 4}" y="{y - 4:.1f}" text-anchor="end">{escape(name)}</text>'
+    )
+
+
 def _frame(
-    body: str, x_label: str, y_label: str, names: Sequence[str], height: int = HEIGHT
+    body: str,
+    x_label: str,
+    y_label: str,
+    names: Sequence[str],
+    height: int = HEIGHT,
+    colours: Sequence[str] = COLOURS,
 ) -> str:
     legend, x = "", float(LEFT)
     for index, name in enumerate(names):
+        if not name:
+            continue
         legend += (
             f'<rect x="{x:.0f}" y="8" width="10" height="10" '
-            f'fill="{COLOURS[index % len(COLOURS)]}"/>'
+            f'fill="{colours[index % len(colours)]}"/>'
             f'<text x="{x + 14:.0f}" y="17">{escape(name)}</text>'
         )
         x += 30 + 7 * len(name)

@@ -2,6 +2,7 @@
 
     recipe.yaml      the recipe, resolved
     metrics.jsonl    a line a step; evaluations
+    run.html         the same to look at, while it runs and after
     checkpoints/     the newest training checkpoints
     model/           the finished model in the Hugging Face layout
 
@@ -33,8 +34,12 @@ from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import Cosine, Schedule
+from qwen2.train.tensorboard import require_tensorboard
 
-FREE = {"out", "threads", "device", "keep", "checkpoint_every", "evaluate_every"}
+FREE = {
+    "out", "threads", "device", "keep", "checkpoint_every", "evaluate_every", "tensorboard",
+    "profile",
+}  # fmt: skip
 """Keys that may change when a run resumes: none of them changes what is computed."""
 
 
@@ -162,8 +167,11 @@ def claim(recipe: StageRecipe) -> None:
     """Write recipe.yaml into `out`, or check that the one there is of the same run.
 
     Raises:
-        UserError: `out` holds another run; says which key differs.
+        UserError: `out` holds another run; says which key differs. Or the recipe asks for
+            TensorBoard, which is not installed.
     """
+    if recipe.tensorboard:
+        require_tensorboard()
     path = recipe.out / "recipe.yaml"
     remove_leftovers(recipe.out)
     if path.exists():
