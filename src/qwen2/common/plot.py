@@ -124,8 +124,8 @@ def heat_map(
         if path
     ]
     parts += [_x_tick(x_of(x), _number(x), line=False) for x in marks]
-    bounds = ["", *(f"{edge:g}" for edge in edges), ""]
-    names = [f"{low}–{high}" for low, high in itertools.pairwise(bounds)]
+    between = [f"{low:g}–{high:g}" for low, high in itertools.pairwise(edges)]
+    names = [f"under {edges[0]:g}", *between, f"over {edges[-1]:g}"]
     return _frame("".join(parts), x_label, y_label, names, colours=HEAT)
 
 

@@ -36,6 +36,7 @@ KEYS = (
 )  # fmt: skip
 """What of the recipe is always seen."""
 
+LATE_FROM = 40  # points of the loss, from which on its last quarter has a chart of its own
 SHARES = (0.25, 0.5, 0.8, 1.25, 2, 4)  # times the even share, where the colours change
 
 STYLE = """
@@ -181,7 +182,7 @@ def _tiles(history: History, steps: int, moment: Moment) -> Iterable[str]:
             "MFU": f"{last['mfu']:.1%}",
         }
     if "memory_gb" in last:
-        tiles["GB, peak memory"] = f"{last['memory_gb']:.2f}"
+        tiles["GB, peak"] = f"{last['memory_gb']:.2f}"
     shown = "".join(f"<div class=tile><b>{v}</b><span>{k}</span></div>" for k, v in tiles.items())
     yield f"<div class=tiles>{shown}</div>"
 
@@ -209,17 +210,16 @@ def _learning(history: History, recipe: Mapping[str, Any]) -> Iterable[str]:
         "Loss" + (" (red: batches passed over)" if skips else ""),
         line_chart({"smoothed": smooth}, "step", "nats/token", bands={"raw": band}, marks=skips),
     )
-    late = smooth[-1][0] * 0.75 if smooth else 0
-    yield _figure(
-        "Loss, the last quarter",
-        line_chart(
+    if len(smooth) >= LATE_FROM:
+        late = smooth[-1][0] * 0.75
+        chart = line_chart(
             {"smoothed": [point for point in smooth if point[0] >= late]},
             "step",
             "nats/token",
             bands={"raw": [point for point in band if point[0] >= late]},
             marks=[step for step in skips if step >= late],
-        ),
-    )
+        )
+        yield _figure("Loss, the last quarter", chart)
     levels = {"clipped above": float(recipe["clip"])} if "clip" in recipe else {}
     yield _figure(
         "Gradient norm, before clipping",
@@ -232,7 +232,7 @@ def _learning(history: History, recipe: Mapping[str, Any]) -> Iterable[str]:
             logarithmic=True,
         ),
     )
-    rate = line_chart({"": figures.mean("lr")}, "step", "learning rate", levels={"": 0.0})
+    rate = line_chart({"": figures.mean("lr")}, "step", "", levels={"": 0.0})
     yield _figure("Learning rate", rate)
 
 
@@ -280,7 +280,8 @@ def _experts(history: History) -> Iterable[str]:
         ("balance_loss", "Balance loss", "loss"),
         ("dropped", "Dropped assignments", "a step"),
     ):
-        yield _figure(title, line_chart({"": figures.mean(name)}, "step", unit))
+        if any(value for _, value in figures.mean(name)):
+            yield _figure(title, line_chart({"": figures.mean(name)}, "step", unit))
 
 
 def _held_out_table(history: History) -> Iterable[str]:
