@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen2.common.errors import UserError
 from qwen2.model.decoder import Qwen2
@@ -167,6 +170,23 @@ def test_a_million_steps_with_64_experts_stay_small() -> None:
     assert max(len(x.split()) for x in re.findall(r'<polyline points="([^"]*)"', text)) <= 1000
 
 
+STRANGE = st.sampled_from([0.0, -1.0, 1.0, 1e-30, 1e30, 1e300, -1e300, math.inf, math.nan])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(*[STRANGE] * 5), max_size=6), STRANGE)
+def test_no_figure_is_so_strange_that_there_is_no_page(
+    figures: list[tuple[float, ...]], bits: float
+) -> None:
+    history = History(50)
+    for step, (loss, lr, norm, mfu, memory) in enumerate(figures, 1):
+        values = {"loss": loss, "lr": lr, "grad_norm": norm, "mfu": mfu, "memory_gb": memory}
+        speed = {"tokens": 10 * step, "tokens_per_s": abs(mfu), "expert_share": [0.5, 0.5]}
+        history.add({"step": step} | values | speed)
+    history.add({"step": len(figures), "evaluation": {"code": bits}})
+    Parsed(render(history, "pretrain", 50, RECIPE, Moment("finished", 1.0)))
+
+
 class Clock:
     """What `time` is to the page: it goes on by hand, and `cost` seconds with every page."""
 
@@ -269,8 +289,8 @@ NewLoader = Callable[..., PackedLoader]
 
 
 def run(out: Path, trainee: Trainee, loader: Any, steps: int, evaluate: Any = None) -> Run:
-    settings = LoopSettings(evaluate_every=2, checkpoint_every=3)
-    run = Run(trainee, loader, settings, lambda _: 1e-3, out, "test", 1e9, evaluate)
+    chosen = LoopSettings(evaluate_every=2, checkpoint_every=3)
+    run = Run(trainee, loader, chosen, lambda _: 1e-3, out, "test", 1e9, evaluate)
     run.train(steps)
     return run
 

@@ -150,7 +150,8 @@ class History:
         self.span = min(max(steps // 100, 10), 1000)
         """Steps that the smoothed loss looks back on, late in the run; a tenth of those so far at
         its beginning, where the loss falls fast."""
-        self._average = math.nan
+        self.smooth = math.nan
+        """The smoothed loss."""
 
     def read(self, path: Path) -> None:
         """Take in all lines of a metrics file."""
@@ -184,11 +185,11 @@ class History:
 
     def _smooth(self, step: int, loss: float) -> float:
         """The exponential moving average of the losses."""
-        if math.isnan(self._average):
-            self._average = loss
+        if math.isnan(self.smooth):
+            self.smooth = loss
         elif math.isfinite(loss):
-            self._average += (loss - self._average) / min(self.span, 1 + step / 10)
-        return self._average
+            self.smooth += (loss - self.smooth) / min(self.span, 1 + step / 10)
+        return self.smooth
 
 
 def flatten(figures: Mapping[str, Any], before: str = "") -> dict[str, float]:

@@ -174,10 +174,9 @@ def _tiles(history: History, steps: int, moment: Moment) -> Iterable[str]:
     if moment.eta is not None:
         tiles["still to go"] = duration(moment.eta)
     if last:
-        smooth = history.figures.mean("smooth")[-1][1]
         tiles |= {
             "tokens": count(last["tokens"]),
-            "smoothed loss": f"{smooth:.3f}",
+            "smoothed loss": f"{history.smooth:.3f}",
             "tokens/s": f"{last['tokens_per_s']:,.0f}",
             "MFU": f"{last['mfu']:.1%}",
         }
@@ -290,7 +289,7 @@ def _held_out_table(history: History) -> Iterable[str]:
     (first_step, first), (last_step, last) = history.evaluations[0], history.evaluations[-1]
     rows = ""
     for name in history.held_out.names:
-        best = min(low for _, low, _ in history.held_out.band(name)) if name in last else None
+        best = min((low for _, low, _ in history.held_out.band(name)), default=None)
         cells = (_cell(first.get(name)), _cell(best), _cell(last.get(name)))
         rows += f"<tr><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     head = f"<th>step {first_step:,}</th><th>lowest</th><th>step {last_step:,}</th>"

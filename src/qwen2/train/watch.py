@@ -71,10 +71,16 @@ class Watchers:
         reason = ""
         if error is not None:
             self._state = "failed"
-            told = isinstance(error, UserError)
-            reason = one_line(error) if told else f"{type(error).__name__}: {one_line(error)}"
+            said, name = one_line(error), type(error).__name__
+            reason = said if isinstance(error, UserError) else f"{name}: {said}".rstrip(": ")
+        troubles = []
         for watcher in self._watchers:
-            watcher.close(self._state, reason)
+            try:  # the next one is told, whatever becomes of this
+                watcher.close(self._state, reason)
+            except Exception as trouble:
+                troubles.append(trouble)
+        if troubles and error is None:
+            raise troubles[0]
 
 
 def watch(
