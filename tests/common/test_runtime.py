@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from qwen2.common.runtime import free_memory, in_threads
+from qwen2.common.runtime import free_memory, in_threads, peak_memory
 
 
 def test_every_item_is_done_once_by_threads_of_one() -> None:
@@ -46,3 +46,18 @@ def test_modes_of_the_caller_hold_and_errors_arrive() -> None:
 def test_free_memory_is_some_of_the_machine() -> None:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < free_memory(torch.device("cpu")) < machine
+
+
+def test_peak_memory_is_what_was_held_though_it_is_given_back() -> None:
+    cpu, machine = torch.device("cpu"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    before = peak_memory(cpu)
+    block = torch.ones(before // 4 + (64 << 20))  # four times as many bytes
+    held = peak_memory(cpu)
+    del block
+    assert before + (64 << 20) < held < machine
+    assert peak_memory(cpu) >= held
+
+
+def test_peak_memory_on_cuda_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 if device.index else 7)
+    assert peak_memory(torch.device("cuda:1")) == 5
