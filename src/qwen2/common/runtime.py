@@ -86,7 +86,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that this process ever held, of tensors on CUDA and of all on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Of Linux itself: what getrusage says begins with the peak of the process that started this one.
+    # getrusage begins with the peak of the process that started this one.
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))

@@ -5,11 +5,12 @@ Rules of thumb of ours, each on the run's own past. None of them stops a run.
 
 from __future__ import annotations
 
+from statistics import fmean as mean
 from statistics import median
 
 from qwen2.train.curves import Curves, History
 
-LOSS_RISE = 0.1  # of the smoothed loss above its lowest
+LOSS_RISE = 0.1  # of the loss lately above its lowest
 HELD_OUT_RISE = 0.02  # of a held-out figure above its lowest
 NORM_RISE = 5.0  # times the median gradient norm
 SLOW = 0.7  # of the median speed
@@ -39,14 +40,17 @@ def _skipped(history: History) -> list[str]:
 
 
 def _risen_loss(figures: Curves) -> list[str]:
-    smooth = figures.mean("smooth")
-    if len(smooth) < FEWEST:
+    loss = figures.mean("loss")
+    if len(loss) < FEWEST:
         return []
-    at, lowest = min(smooth, key=lambda point: point[1])
-    rise = smooth[-1][1] / lowest - 1
-    if rise <= LOSS_RISE:
+    many = max(3, int(LATELY * len(loss)))  # points of a stretch; the last one is whole
+    stretches = [loss[max(stop - many, 0) : stop] for stop in range(len(loss), 0, -many)]
+    means = [(mean(value for _, value in points), points[-1][0]) for points in stretches]
+    lowest, at = min(means[:-1])  # the first stretch may be short
+    rise = means[0][0] / lowest - 1
+    if lowest <= 0 or rise <= LOSS_RISE:
         return []
-    return [f"the smoothed loss is {rise:.0%} above its lowest, {lowest:.3f} at step {at:,}"]
+    return [f"the loss is lately {rise:.0%} above its lowest, {lowest:.3f} up to step {at:,}"]
 
 
 def _norm(figures: Curves) -> list[str]:

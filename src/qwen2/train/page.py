@@ -28,7 +28,7 @@ from qwen2.train.metrics import State
 PAGE = "run.html"
 
 EVERY = 10.0  # seconds between two pages
-COST = 0.01  # share of the run's time that pages may take
+COST = 0.005  # share of the run's time that pages may take
 SILENT = 300  # seconds without a page after which it says so; or 20 steps, when these are long
 KEYS = (
     "init", "data", "context", "rows", "accumulation", "optimizer.lr", "optimizer.weight_decay",
