@@ -237,6 +237,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert run_.state.step == 3
     assert run_.checkpoint == tmp_path / "checkpoints" / "step-00000003"
     assert f"{number.name}: stopped at step 3 of 50" in capsys.readouterr().err
+    assert "<title>stopped 3/50 test </title>" in (tmp_path / "run.html").read_text()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     later = new_trainee()
     run(tmp_path, later, new_loader(), 5)
@@ -246,7 +247,10 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
 
 
 def test_evaluation_sees_a_model_without_gradients_and_is_logged(
-    tmp_path: Path, new_trainee: NewTrainee, new_loader: NewLoader
+    tmp_path: Path,
+    new_trainee: NewTrainee,
+    new_loader: NewLoader,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     counter = itertools.count(1)
 
@@ -259,6 +263,9 @@ def test_evaluation_sees_a_model_without_gradients_and_is_logged(
     run(tmp_path, trainee, new_loader(), 5, evaluate)
     found = [(x["step"], x["evaluation"]) for x in metrics(tmp_path) if "evaluation" in x]
     assert found == [(n, {"bits_per_byte": i}) for i, n in enumerate((2, 4, 5), start=1)]
+    said = [json.loads(x) for x in capsys.readouterr().err.splitlines()]
+    assert [(x["done"], x["evaluation"]) for x in said if "evaluation" in x] == found
+    assert {"loss", "grad_norm", "tokens_per_s", "mfu", "eta_s"} <= set(said[-1])
     assert trainee.model.training
 
 
