@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2.common.plot import (
-    HEIGHT,
-    WIDTH,
-    bar_chart,
-    line_chart,
-    scatter_chart,
-    stacked_bars,
-    ticks,
-)
+from qwen2.common.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, log_ticks, ticks
+from qwen2.common.plot import HEAT, bar_chart, heat_map, line_chart, scatter_chart, stacked_bars
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -30,6 +23,7 @@ SVG = "{http://www.w3.org/2000/svg}"
         (0.13, 0.94, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         (-3, 7, [-4, -2, 0, 2, 4, 6, 8]),
         (5, 5, [5, 6, 7, 8, 9, 10]),
+        (0, 3e-30, [0, 5e-31, 1e-30, 1.5e-30, 2e-30, 2.5e-30, 3e-30]),
     ],
 )
 def test_ticks_by_hand(low: float, high: float, expected: list[float]) -> None:
@@ -38,6 +32,25 @@ def test_ticks_by_hand(low: float, high: float, expected: list[float]) -> None:
     assert marks[-1] >= high
     if low != high:
         assert marks == expected
+
+
+def test_values_that_are_equal_but_for_rounding_have_an_axis() -> None:
+    marks = ticks(2.1, 2.1 + 1e-15)
+    assert marks == sorted(set(marks))
+    assert len(marks) >= 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.3, 4, [0.2, 0.5, 1, 2, 5]),
+        (1, 1, [1, 2]),
+        (1, 10, [1, 2, 5, 10]),
+        (0.02, 3000, [0.01, 0.1, 1, 10, 100, 1000, 10000]),
+    ],
+)
+def test_logarithmic_ticks_by_hand(low: float, high: float, expected: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(expected)
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9))
@@ -95,3 +108,63 @@ def test_names_of_rows_have_room() -> None:
     assert [name for _, name, _ in ends] == [*names[:2], "x" * 43 + "…"]
     for end, name, _ in ends:
         assert 7 * len(name) <= int(end) < min(starts)
+
+
+def lines_of(chart: str, kind: str) -> list[list[tuple[float, float]]]:
+    """The points of all polylines or polygons of a chart."""
+    return [
+        [(float(x), float(y)) for x, y in (p.split(",") for p in line.get("points", "").split())]
+        for line in ElementTree.fromstring(chart).iter(f"{SVG}{kind}")
+    ]
+
+
+def test_a_band_goes_there_along_the_highest_and_back_along_the_lowest() -> None:
+    chart = line_chart(
+        {"": [(0, 1)]}, "x", "y", bands={"raw": [(0, 0, 2), (10, 1, math.nan), (10, 0, 4)]}
+    )
+    (area,) = lines_of(chart, "polygon")
+    assert area == [
+        (LEFT, (HEIGHT - BOTTOM + TOP) / 2),
+        (WIDTH - RIGHT, TOP),
+        (WIDTH - RIGHT, HEIGHT - BOTTOM),
+        (LEFT, HEIGHT - BOTTOM),
+    ]
+    texts = [text.text for text in ElementTree.fromstring(chart).iter(f"{SVG}text")]
+    assert "raw" in texts
+    assert "" not in texts, "a series of the empty name has no place in the legend"
+
+
+def test_marks_and_levels_are_drawn_and_the_axes_reach_them() -> None:
+    chart = line_chart({"a": [(0, 4), (10, 5)]}, "x", "y", marks=[20], levels={"": 0, "most": 10})
+    root = ElementTree.fromstring(chart)
+    (mark,) = (line for line in root.iter(f"{SVG}line") if line.get("class") == "mark")
+    assert float(mark.get("x1", 0)) == WIDTH - RIGHT
+    (level,) = (line for line in root.iter(f"{SVG}line") if line.get("stroke-dasharray"))
+    assert float(level.get("y1", 0)) == TOP
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"most", "0", "20"} <= set(texts)
+
+
+def test_on_a_logarithmic_axis_a_factor_is_a_distance_and_zero_has_no_place() -> None:
+    points = [(0, 0.1), (1, 1), (2, 10), (3, 0.0), (4, -1)]
+    ((_, a), (_, b), (_, c)) = lines_of(
+        line_chart({"a": points}, "x", "y", logarithmic=True), "polyline"
+    )[0]
+    assert (a, b, c) == (HEIGHT - BOTTOM, (HEIGHT - BOTTOM + TOP) / 2, TOP)
+
+
+def test_a_heat_map_joins_neighbours_of_one_colour() -> None:
+    rows = {"0": [(5, 1.0), (10, 1.1), (15, 3.0)], "<1>": [(5, 0.1), (10, 0.1), (15, 0.1)]}
+    edges = (0.25, 0.5, 0.8, 1.25, 2, 4)
+    chart = heat_map(rows, "step", "expert", edges, steps=5)
+    root = ElementTree.fromstring(chart)
+    paths = {path.get("fill"): path.get("d", "") for path in root.iter(f"{SVG}path")}
+    tall, wide = (HEIGHT - TOP - BOTTOM) / 2, (WIDTH - LEFT - RIGHT) / 15
+    assert paths == {
+        HEAT[0]: f"M{LEFT:.1f} {TOP + tall:.1f}h{15 * wide:.1f}v{tall:.1f}h{-15 * wide:.1f}z",
+        HEAT[3]: f"M{LEFT:.1f} {TOP:.1f}h{10 * wide:.1f}v{tall:.1f}h{-10 * wide:.1f}z",
+        HEAT[5]: f"M{LEFT + 10 * wide:.1f} {TOP:.1f}h{5 * wide:.1f}v{tall:.1f}h{-5 * wide:.1f}z",
+    }
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"0", "<1>", "under 0.25", "0.8–1.25", "over 4"} <= set(texts)
+    ElementTree.fromstring(heat_map({}, "x", "y", edges, 1))

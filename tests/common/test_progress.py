@@ -51,3 +51,25 @@ def test_a_terminal_gets_a_bar() -> None:
         bar.update(2, loss=1.25)
     assert "train" in stream.getvalue()
     assert "100%" in stream.getvalue()
+
+
+def test_what_is_told_comes_at_once_and_holds_nothing_up() -> None:
+    stream = io.StringIO()
+    with Progress("train", 4, stream, interval=1000) as bar:
+        bar.update(1, loss=3.0)
+        bar.update(2, loss=2.0)
+        bar.tell(2, evaluation={"code": 1.5})
+    first, told, last = lines_of(stream)
+    assert (first["done"], told["done"], last["done"]) == (1, 2, 2)
+    assert told["evaluation"] == {"code": 1.5}
+    assert "loss" not in told
+    assert last["loss"] == 2.0
+
+
+def test_a_terminal_shows_what_is_told_and_the_figures_beside_the_bar() -> None:
+    stream = Terminal()
+    with Progress("train", 2, stream) as bar:
+        bar.tell(1200, evaluation={"code [x]": 1.23456, "prose": 2})
+        bar.update(2, loss=1.25, tokens_per_s=640.0)
+    assert "1,200  evaluation code [x] 1.235, prose 2" in stream.getvalue()
+    assert "tokens_per_s 640" in stream.getvalue()

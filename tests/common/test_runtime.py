@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from qwen2.common.runtime import free_memory, in_threads
+from qwen2.common.runtime import free_memory, in_threads, peak_memory
 
 
 def test_every_item_is_done_once_by_threads_of_one() -> None:
@@ -46,3 +48,21 @@ def test_modes_of_the_caller_hold_and_errors_arrive() -> None:
 def test_free_memory_is_some_of_the_machine() -> None:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < free_memory(torch.device("cpu")) < machine
+
+
+def test_peak_memory_is_what_was_held_though_it_is_given_back() -> None:
+    """In a process of its own: this one may have held much more before."""
+    program = (
+        "import torch; from qwen2.common.runtime import peak_memory; cpu = torch.device('cpu')\n"
+        "before = peak_memory(cpu); block = torch.ones(64 << 20); held = peak_memory(cpu)\n"
+        "del block; print(before, held, peak_memory(cpu))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    before, held, after = map(int, printed.stdout.split())
+    assert 200 << 20 < held - before < 300 << 20
+    assert after > held - (8 << 20)  # Linux counts in batches
+
+
+def test_peak_memory_on_cuda_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 if device.index else 7)
+    assert peak_memory(torch.device("cuda:1")) == 5

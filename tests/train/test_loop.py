@@ -30,6 +30,9 @@ NewLoader = Callable[..., PackedLoader]
 CADENCE: dict[str, Any] = {"checkpoint_every": 100, "evaluate_every": 2}
 
 
+MACHINE = {"tokens_per_s", "mfu", "memory_gb"}
+
+
 def run(
     out: Path,
     trainee: Trainee,
@@ -48,9 +51,9 @@ def run(
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """The metrics without what the clock says."""
+    """The metrics without what the machine says."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in ("tokens_per_s", "mfu")} for x in lines]
+    return [{k: v for k, v in x.items() if k not in MACHINE} for x in lines]
 
 
 def assert_same_weights(a: Trainee, b: Trainee, tolerance: float = 0.0) -> None:
@@ -237,6 +240,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert run_.state.step == 3
     assert run_.checkpoint == tmp_path / "checkpoints" / "step-00000003"
     assert f"{number.name}: stopped at step 3 of 50" in capsys.readouterr().err
+    assert "<title>stopped 3/50 test </title>" in (tmp_path / "run.html").read_text()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     later = new_trainee()
     run(tmp_path, later, new_loader(), 5)
@@ -246,7 +250,10 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
 
 
 def test_evaluation_sees_a_model_without_gradients_and_is_logged(
-    tmp_path: Path, new_trainee: NewTrainee, new_loader: NewLoader
+    tmp_path: Path,
+    new_trainee: NewTrainee,
+    new_loader: NewLoader,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     counter = itertools.count(1)
 
@@ -259,6 +266,9 @@ def test_evaluation_sees_a_model_without_gradients_and_is_logged(
     run(tmp_path, trainee, new_loader(), 5, evaluate)
     found = [(x["step"], x["evaluation"]) for x in metrics(tmp_path) if "evaluation" in x]
     assert found == [(n, {"bits_per_byte": i}) for i, n in enumerate((2, 4, 5), start=1)]
+    said = [json.loads(x) for x in capsys.readouterr().err.splitlines()]
+    assert [(x["done"], x["evaluation"]) for x in said if "evaluation" in x] == found
+    assert {"loss", "grad_norm", "tokens_per_s", "mfu", "eta_s"} <= set(said[-1])
     assert trainee.model.training
 
 
@@ -267,7 +277,7 @@ def test_metrics_have_what_the_report_needs(
 ) -> None:
     run(tmp_path, new_trainee(), new_loader(), 2, accumulation=2)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "tokens"}
+    keys = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gb", "tokens"}
     assert [set(line) for line in lines] == [keys, keys]
     assert [line["tokens"] for line in lines] == [64, 128]
     assert [line["lr"] for line in lines] == [1e-2, 5e-3]

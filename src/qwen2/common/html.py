@@ -1,4 +1,7 @@
-"""Pages that people look at: one self-contained HTML file, without scripts or outside resources."""
+"""Pages that people look at: one self-contained HTML file, without outside resources.
+
+Scripts are only in the page of what still goes on: it loads itself again (train/page.py).
+"""
 
 from __future__ import annotations
 

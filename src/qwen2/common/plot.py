@@ -1,38 +1,93 @@
-"""Charts as SVG text, to stand inside a page or alone: lines over x, dots, and grouped bars.
+"""Charts as SVG text, to stand inside a page or alone: lines, areas, dots, bars and heat maps.
 
 Colours come from CSS variables with fallbacks, so that a page can have a dark side.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from qwen2.common.axes import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Scale,
+    frame,
+    level_line,
+    log_ticks,
+    mark_line,
+    number,
+    ticks,
+    x_tick,
+    y_tick,
+)
+
 Points = Sequence[tuple[float, float]]
 
-COLOURS = ["#3f6fd8", "#d8743f", "#3fa372", "#a04fc0", "#888888", "#c4407c", "#2fa5b5"]
-WIDTH, HEIGHT = 720, 300
 MOST_LETTERS = 44  # of a row's name
+BAND = "#8f9bb36b"
+HEAT = ["#2b4fa8", "#6f93e0", "#b9cbf2", "#8886", "#f3c9a8", "#e08a4f", "#b8451a"]
+"""From far too little over what is right (nearly the paper) to far too much."""
 VALUE_WIDTH = 24  # of a bar that has room for its number
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 30, 44
 
 
-def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """Lines of (x, y) points by name; a series of few points is drawn with dots too."""
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points if math.isfinite(y)]
-    if not xs or not ys:
-        return _frame("", x_label, y_label, [])
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_of = _scale(x_ticks, LEFT, WIDTH - RIGHT)
-    y_of = _scale(y_ticks, HEIGHT - BOTTOM, TOP)
-    parts = [_x_tick(x_of(x), _number(x)) for x in x_ticks]
-    parts += [_y_tick(y_of(y), _number(y)) for y in y_ticks]
-    for index, points in enumerate(series.values()):
+def line_chart(
+    series: Mapping[str, Points],
+    x_label: str,
+    y_label: str,
+    *,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    marks: Sequence[float] = (),
+    levels: Mapping[str, float] | None = None,
+    logarithmic: bool = False,
+) -> str:
+    """Lines of (x, y) points by name; a series of few points is drawn with dots too.
+
+    A series of the empty name has no place in the legend.
+
+    Args:
+        bands: areas of (x, lowest, highest), behind the lines.
+        marks: places on the x axis with an upright red line.
+        levels: dashed lines at a height, by name; that of the empty name only has the axis reach
+            so far.
+        logarithmic: the y axis; what is not above 0 is left out.
+    """
+    bands, levels = bands or {}, levels or {}
+    drawable = (lambda y: y > 0 and math.isfinite(y)) if logarithmic else math.isfinite
+    points = [point for line in series.values() for point in line if drawable(point[1])]
+    areas = [[p for p in band if drawable(p[1]) and drawable(p[2])] for band in bands.values()]
+    xs = [x for x, _ in points] + [x for area in areas for x, _, _ in area]
+    ys = [y for _, y in points] + [y for area in areas for _, *ends in area for y in ends]
+    if not xs:
+        return frame("", x_label, y_label, [])
+    xs, ys = [*xs, *marks], [*ys, *levels.values()]
+    x_ticks = ticks(min(xs), max(xs))
+    y_ticks = (log_ticks if logarithmic else ticks)(min(ys), max(ys))
+    x_of = Scale(x_ticks, LEFT, WIDTH - RIGHT)
+    y_of = Scale(y_ticks, HEIGHT - BOTTOM, TOP, math.log10 if logarithmic else float)
+    parts = [x_tick(x_of(x), number(x)) for x in x_ticks]
+    parts += [y_tick(y_of(y), number(y)) for y in y_ticks]
+    for area in areas:
+        around = [(x_of(x), y_of(high)) for x, _, high in area]
+        around += [(x_of(x), y_of(low)) for x, low, _ in reversed(area)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in around)
+        parts.append(f'<polygon points="{path}" fill="{BAND}" stroke="{BAND}"/>')
+    parts += [mark_line(x_of(x)) for x in marks]
+    for name, level in levels.items():
+        if name:
+            parts.append(level_line(y_of(level), name))
+    for index, line in enumerate(series.values()):
         colour = COLOURS[index % len(COLOURS)]
-        places = [(x_of(x), y_of(y)) for x, y in points if math.isfinite(y)]
+        places = [(x_of(x), y_of(y)) for x, y in line if drawable(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
@@ -41,18 +96,65 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places
             ]
-    return _frame("".join(parts), x_label, y_label, list(series))
+    names = [*series, *bands]
+    colours = [*(COLOURS[i % len(COLOURS)] for i in range(len(series))), BAND]
+    return frame("".join(parts), x_label, y_label, names, colours=colours)
+
+
+def heat_map(
+    rows: Mapping[str, Points], x_label: str, y_label: str, edges: Sequence[float], steps: int
+) -> str:
+    """A row a series, its values as colours: HEAT[i] from edges[i - 1] up to edges[i].
+
+    Args:
+        steps: of x, the width of a cell: its x is where it ends.
+    """
+    xs = [x for row in rows.values() for x, _ in row]
+    if not xs:
+        return frame("", x_label, y_label, [])
+    marks = ticks(0, max(xs))
+    x_of = Scale(marks, LEFT, WIDTH - RIGHT)
+    tall = (HEIGHT - TOP - BOTTOM) / len(rows)
+    cells: list[list[str]] = [[] for _ in HEAT]
+    every = -(-len(rows) // 16)
+    parts = []
+    for place, (name, row) in enumerate(rows.items()):
+        y = TOP + tall * place
+        if place % every == 0:
+            middle = y + tall / 2 + 4
+            parts.append(
+                f'<text x="{LEFT - 6}" y="{middle:.1f}" text-anchor="end">{escape(name)}</text>'
+            )
+        runs: list[list[float]] = []  # neighbours of one colour are one area
+        for x, value in row:
+            level = bisect_right(edges, value)
+            if runs and runs[-1][0] == level:
+                runs[-1][2] = x
+            else:
+                runs.append([level, runs[-1][2] if runs else max(x - steps, 0), x])
+        for hue, start, stop in runs:
+            left, width = x_of(start), x_of(stop) - x_of(start)
+            cells[int(hue)].append(f"M{left:.1f} {y:.1f}h{width:.1f}v{tall:.1f}h{-width:.1f}z")
+    parts += [
+        f'<path d="{"".join(path)}" fill="{colour}" shape-rendering="crispEdges"/>'
+        for path, colour in zip(cells, HEAT, strict=True)
+        if path
+    ]
+    parts += [x_tick(x_of(x), number(x), line=False) for x in marks]
+    between = [f"{low:g}–{high:g}" for low, high in itertools.pairwise(edges)]
+    names = [f"under {edges[0]:g}", *between, f"over {edges[-1]:g}"]
+    return frame("".join(parts), x_label, y_label, names, colours=HEAT)
 
 
 def scatter_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
     """Dots of (x, y) points by name, and the diagonal on which both are equal."""
     values = [v for points in series.values() for point in points for v in point]
     if not values:
-        return _frame("", x_label, y_label, [])
+        return frame("", x_label, y_label, [])
     marks = ticks(min(values), max(values))
-    x_of, y_of = _scale(marks, LEFT, WIDTH - RIGHT), _scale(marks, HEIGHT - BOTTOM, TOP)
-    parts = [_x_tick(x_of(mark), _number(mark)) for mark in marks]
-    parts += [_y_tick(y_of(mark), _number(mark)) for mark in marks]
+    x_of, y_of = Scale(marks, LEFT, WIDTH - RIGHT), Scale(marks, HEIGHT - BOTTOM, TOP)
+    parts = [x_tick(x_of(mark), number(mark)) for mark in marks]
+    parts += [y_tick(y_of(mark), number(mark)) for mark in marks]
     low, high = marks[0], marks[-1]
     parts.append(
         f'<line x1="{x_of(low):.1f}" y1="{y_of(low):.1f}" x2="{x_of(high):.1f}" '
@@ -65,7 +167,7 @@ def scatter_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> s
             'fill-opacity="0.75"/>'
             for x, y in points
         ]
-    return _frame("".join(parts), x_label, y_label, list(series))
+    return frame("".join(parts), x_label, y_label, list(series))
 
 
 def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
@@ -73,13 +175,13 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     highest = max((value for bars in groups.values() for value in bars.values()), default=1.0)
     y_ticks = ticks(0.0, highest)
-    y_of = _scale(y_ticks, HEIGHT - BOTTOM, TOP)
-    parts = [_y_tick(y_of(y), _number(y)) for y in y_ticks]
+    y_of = Scale(y_ticks, HEIGHT - BOTTOM, TOP)
+    parts = [y_tick(y_of(y), number(y)) for y in y_ticks]
     room = (WIDTH - LEFT - RIGHT) / max(len(groups), 1)
     width = 0.8 * room / max(len(names), 1)
     for place, (group, bars) in enumerate(groups.items()):
         start = LEFT + room * (place + 0.1)
-        parts.append(_x_tick(LEFT + room * (place + 0.5), group, line=False))
+        parts.append(x_tick(LEFT + room * (place + 0.5), group, line=False))
         for name, value in bars.items():
             index = names.index(name)
             x, y = start + width * index, y_of(value)
@@ -92,7 +194,7 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
                 parts.append(
                     f'<text x="{middle:.1f}" y="{y - 4:.1f}" class="value">{value:.2f}</text>'
                 )
-    return _frame("".join(parts), "", y_label, names)
+    return frame("".join(parts), "", y_label, names)
 
 
 def stacked_bars(rows: Mapping[str, Mapping[str, float]], label: str) -> str:
@@ -105,10 +207,10 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], label: str) -> str:
     left = max(150, 16 + 7 * max(map(len, shown.values()), default=0))
     height = 24
     bottom = TOP + height * len(rows)
-    x_of = _scale(marks, left, WIDTH - RIGHT)
+    x_of = Scale(marks, left, WIDTH - RIGHT)
     parts = [
         f'<line x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" y1="{TOP}" y2="{bottom}" class="grid"/>'
-        f'<text x="{x_of(x):.1f}" y="{bottom + 16}" text-anchor="middle">{_number(x)}</text>'
+        f'<text x="{x_of(x):.1f}" y="{bottom + 16}" text-anchor="middle">{number(x)}</text>'
         for x in marks
     ]
     for place, (row, bars) in enumerate(rows.items()):
@@ -124,83 +226,13 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], label: str) -> str:
                 f'fill="{COLOURS[names.index(name)]}"/>'
             )
             at += value
-    return _frame("".join(parts), label, "", names, bottom + BOTTOM)
+    return frame("".join(parts), label, "", names, bottom + BOTTOM)
 
 
 def standalone(chart: str) -> str:
     """`chart` as a file of its own: on white, and without variables, which not all viewers know."""
     plain = re.sub(r"var\(--[\w-]+,([^)]*)\)", r"\1", chart)
     return plain.replace("<style>", '<rect width="100%" height="100%" fill="#fff"/><style>', 1)
-
-
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` round numbers, a step of 1, 2 or 5 times a power of ten, around [low, high]."""
-    span = (high - low) or abs(high) or 1.0
-    rough = span / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
-
-
-class _scale:  # noqa: N801 - a function with a memory
-    """Maps the range of the ticks onto pixels."""
-
-    def __init__(self, marks: Sequence[float], start: float, stop: float) -> None:
-        self.low, self.high = marks[0], marks[-1]
-        self.start, self.stop = start, stop
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.stop - self.start)
-
-
-def _number(value: float) -> str:
-    if value and abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    if value and abs(value) >= 1e4:
-        return f"{value / 1e3:g}k"
-    return f"{value:g}"
-
-
-def _x_tick(x: float, text: str, line: bool = True) -> str:
-    bottom = HEIGHT - BOTTOM
-    grid = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}" class="grid"/>'
-    label = f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(text)}</text>'
-    return (grid if line else "") + label
-
-
-def _y_tick(y: float, text: str) -> str:
-    return (
-        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
-        f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-    )
-
-
-def _frame(
-    body: str, x_label: str, y_label: str, names: Sequence[str], height: int = HEIGHT
-) -> str:
-    legend, x = "", float(LEFT)
-    for index, name in enumerate(names):
-        legend += (
-            f'<rect x="{x:.0f}" y="8" width="10" height="10" '
-            f'fill="{COLOURS[index % len(COLOURS)]}"/>'
-            f'<text x="{x + 14:.0f}" y="17">{escape(name)}</text>'
-        )
-        x += 30 + 7 * len(name)
-    middle = (TOP + height - BOTTOM) / 2
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(y_label or x_label)}" class="chart"><style>'
-        ".chart text{font:12px system-ui,sans-serif;fill:var(--ink,#333)}"
-        ".chart .value{font-size:10px;text-anchor:middle}"
-        ".chart .grid{stroke:var(--line,#ddd);stroke-width:1}"
-        f"</style>{body}{legend}"
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{height - 6}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-        f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text></svg>"
-    )
 
 
 def histogram_chart(
@@ -216,11 +248,11 @@ def histogram_chart(
     bins = len(edges) - 1
     tops = [sum(values[i] for values in series.values()) for i in range(bins)]
     y_ticks = ticks(0.0, max([*tops, 1]))
-    y_of = _scale(y_ticks, HEIGHT - BOTTOM, TOP)
+    y_of = Scale(y_ticks, HEIGHT - BOTTOM, TOP)
     width = (WIDTH - LEFT - RIGHT) / bins
-    parts = [_y_tick(y_of(y), _number(y)) for y in y_ticks]
+    parts = [y_tick(y_of(y), number(y)) for y in y_ticks]
     parts += [
-        _x_tick(LEFT + width * i, f"{edges[i]:.3g}", line=False) for i in range(0, bins + 1, 8)
+        x_tick(LEFT + width * i, f"{edges[i]:.3g}", line=False) for i in range(0, bins + 1, 8)
     ]
     below = [0.0] * bins
     for index, values in enumerate(series.values()):
@@ -242,4 +274,4 @@ def histogram_chart(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
             'stroke="var(--ink,#333)" stroke-dasharray="5 4" stroke-width="1.5"/>'
         )
-    return _frame("".join(parts), label, "documents", list(series))
+    return frame("".join(parts), label, "documents", list(series))

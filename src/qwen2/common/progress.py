@@ -69,19 +69,32 @@ class Progress:
             text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
             self._bar.update(self._task, completed=done, figures=text)
             return
+        self._pending = self._line(done, elapsed) | figures
+        if elapsed - self._last_line >= self.interval:
+            self._print(self._pending)
+            self._last_line = elapsed
+
+    def tell(self, done: float, **figures: Any) -> None:
+        """Figures that come seldom, such as an evaluation's: a line of their own, at once."""
+        if self._bar:
+            text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+            self._bar.console.print(f"{done:>12,}  {text}", markup=False, highlight=False)
+            return
+        pending = self._pending
+        self._print(self._line(done, time.monotonic() - self.started) | figures)
+        self._pending = pending
+
+    def _line(self, done: float, elapsed: float) -> dict[str, Any]:
+        """What every line begins with."""
         here = done - self.start
         eta = elapsed * (self.total - done) / here if here else None
-        self._pending = {
+        return {
             "stage": self.stage,
             "done": done,
             "total": self.total,
             "elapsed_s": round(elapsed, 1),
             "eta_s": None if eta is None else round(eta, 1),
-            **figures,
         }
-        if elapsed - self._last_line >= self.interval:
-            self._print(self._pending)
-            self._last_line = elapsed
 
     def _print(self, line: dict[str, Any]) -> None:
         self.stream.write(json.dumps(line) + "\n")
@@ -97,4 +110,6 @@ def say(message: str, stream: TextIO | None = None) -> None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(each)}" for name, each in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +80,18 @@ def free_memory(device: torch.device) -> int:
         files = int(stat["active_file"]) + int(stat["inactive_file"])
         free = min(free, limit - used + files)
     return max(free, 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process ever held, of tensors on CUDA and of all on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # getrusage begins with the peak of the process that started this one.
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def keep_freed_memory(most: int = 2**31 - 1) -> None:

@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qwen2.common.config import Config
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress, say
+from qwen2.common.runtime import peak_memory
 from qwen2.common.signals import stop_on_signals
 from qwen2.model.decoder import Qwen2
 from qwen2.model.moe import Routing
@@ -32,6 +32,7 @@ from qwen2.train.loss import IGNORE, OutputZ, chunked_cross_entropy
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.precision import MasterWeights
 from qwen2.train.router import RouterLosses
+from qwen2.train.watch import Watchers, WatchSettings, watch
 
 Evaluate = Callable[[Qwen2], dict[str, Any]]
 """Held-out figures of a model, which is in eval mode and without gradients meanwhile."""
@@ -49,7 +50,7 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class LoopSettings(Config):
+class LoopSettings(WatchSettings):
     """What the loop needs to know; every training recipe has these keys."""
 
     accumulation: int = Field(default=1, gt=0)  # micro-batches of a step
@@ -197,6 +198,7 @@ class Run:
         self._enter(max(self.state.step - 1, 0))
         self._saved = self.state.step
         self.metrics = MetricsFile(out / "metrics.jsonl", self.state.metrics_bytes)
+        self.watchers = Watchers([])
 
     def train(self, steps: int) -> bool:
         """Train up to `steps` updates in all; False when a signal ended it before.
@@ -205,17 +207,18 @@ class Run:
             UserError: too many non-finite batches in a row, or the disk is full.
         """
         progress = Progress(self.stage, steps, start=self.state.step)
-        with stop_on_signals() as stopped, progress:
+        with stop_on_signals() as stopped, progress, self._watch(steps) as self.watchers:
             while self.state.step < steps and not stopped():
                 line = self._step()
                 progress.update(self.state.step, **{name: line[name] for name in SHOWN})
-                if self._due(self.settings.evaluate_every, steps):
-                    self._evaluate()
+                if self.evaluate and self._due(self.settings.evaluate_every, steps):
+                    progress.tell(self.state.step, evaluation=self._evaluate(self.evaluate))
                 if self._due(self.settings.checkpoint_every, steps):
                     self.save()
             if (name := stopped()) and self.state.step < steps:
                 if self.state.step != self._saved:
                     self.save()
+                self.watchers.stop()
                 say(f"{name}: stopped at step {self.state.step} of {steps}; run again to go on")
                 return False
         return True
@@ -268,29 +271,36 @@ class Run:
             "grad_norm": result.grad_norm,
             "tokens_per_s": round(result.tokens / seconds, 1),
             "mfu": round(flops / seconds / self.peak_flops, 4),
+            "memory_gb": round(peak_memory(self.trainee.model.device) / 1e9, 3),
             "tokens": self.state.tokens,
             **result.routers,
         }
         if result.square_log_z is not None:
             line["output_z_loss"] = result.square_log_z
-        self.metrics.write(line)
+        self.watchers.write(line)
         return line
 
     def _pass_over(self, result: StepResult) -> None:
         self.state.skipped += 1
         what = f"loss {result.loss}, gradient norm {result.grad_norm}"
         say(f"batch after step {self.state.step} passed over: {what}")
-        self.metrics.write({"step": self.state.step, "skipped": what})
+        self.watchers.write({"step": self.state.step, "skipped": what})
 
     def _due(self, every: int, steps: int) -> bool:
         return self.state.step % every == 0 or self.state.step == steps
 
-    def _evaluate(self) -> None:
-        if self.evaluate is None:
-            return
+    def _evaluate(self, evaluate: Evaluate) -> dict[str, Any]:
         model = self.trainee.model
         model.eval()
         with torch.no_grad():
-            figures = self.evaluate(model)
+            figures = evaluate(model)
         model.train()
-        self.metrics.write({"step": self.state.step, "evaluation": figures})
+        self.watchers.write({"step": self.state.step, "evaluation": figures})
+        return figures
+
+    def _watch(self, steps: int) -> Watchers:
+        """All that look on from here to step `steps`."""
+        device = self.trainee.model.device
+        return watch(
+            self.settings, self.metrics, self.out, self.stage, self.state.step, steps, device
+        )

@@ -1,4 +1,7 @@
-"""The training log: one JSON object a line, cut back to the checkpoint when a run resumes."""
+"""The training log: one JSON object a line, cut back to the checkpoint when a run resumes.
+
+Others get the same lines and are told of the same end, see watch.py.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen2.common.errors import UserError
+
+State = Literal["running", "finished", "stopped", "failed"]
+"""Of a run."""
 
 
 class MetricsFile:
@@ -39,6 +45,6 @@ class MetricsFile:
         os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
-    def close(self) -> None:
-        """No more lines."""
+    def close(self, state: State = "finished", reason: str = "") -> None:
+        """No more lines; how the run ended is not for the log."""
         self._file.close()

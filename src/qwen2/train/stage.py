@@ -2,6 +2,7 @@
 
     recipe.yaml      the recipe, resolved
     metrics.jsonl    a line a step; evaluations
+    run.html         the same to look at, while it runs and after
     checkpoints/     the newest training checkpoints
     model/           the finished model in the Hugging Face layout
 
@@ -35,16 +36,12 @@ from qwen2.train.phases import PhasedLoader, Stretch, config_of_phase, factor_at
 from qwen2.train.precision import MasterWeights
 from qwen2.train.recompute import Recompute, recompute_activations
 from qwen2.train.schedules import Cosine, Schedule
+from qwen2.train.tensorboard import require_tensorboard
 
 FREE = {
-    "out",
-    "threads",
-    "device",
-    "activation_checkpointing",
-    "keep",
-    "checkpoint_every",
-    "evaluate_every",
-}
+    "out", "threads", "device", "activation_checkpointing", "keep", "checkpoint_every",
+    "evaluate_every", "tensorboard", "profile",
+}  # fmt: skip
 """Keys that may change when a run resumes: none of them changes what is computed."""
 
 
@@ -197,8 +194,11 @@ def claim(recipe: StageRecipe) -> None:
     """Write recipe.yaml into `out`, or check that the one there is of the same run.
 
     Raises:
-        UserError: `out` holds another run; says which key differs.
+        UserError: `out` holds another run; says which key differs. Or the recipe asks for
+            TensorBoard, which is not installed.
     """
+    if recipe.tensorboard:
+        require_tensorboard()
     path = recipe.out / "recipe.yaml"
     remove_leftovers(recipe.out)
     if path.exists():
