@@ -28,8 +28,9 @@ from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen2.train.flops import step_flops
-from qwen2.train.loss import IGNORE, chunked_cross_entropy
+from qwen2.train.loss import IGNORE
 from qwen2.train.metrics import MetricsFile
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.precision import MasterWeights
 from qwen2.train.router import RouterLosses
 
@@ -124,14 +125,8 @@ def train_step(
 def batch_loss(
     model: Qwen2, batch: PackedBatch, count: int | None = None, routing: Routing | None = None
 ) -> Tensor:
-    """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean).
-
-    What a mixture's routers did is added to `routing`.
-    """
-    device = model.device
-    tokens, positions = batch.tokens.to(device), batch.positions.to(device)
-    hidden = model.model(tokens, positions, model.packed(batch.lengths), routing)
-    return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count)
+    """Cross-entropy of a packed batch in one process, see `PackedLoss`."""
+    return PackedLoss(model)(batch, count, routing)
 
 
 class Run:

@@ -1,0 +1,164 @@
+"""Loss and gradients of ranks together against those of one process, in fp32.
+
+Ranks of dp read different rows; a row has several documents, some of which cross from one rank of
+cp to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from qwen2.model.config import Mixture, ModelConfig
+from qwen2.model.decoder import Qwen2, init_weights
+from qwen2.model.moe import Routing
+from qwen2.tokens.packing import PackedBatch
+from qwen2.train.loss import IGNORE
+from qwen2.train.mesh import Mesh
+from qwen2.train.packed_loss import PackedLoss
+from qwen2.train.parallelise import parallelise
+from qwen2.train.world import World
+
+RunInRanks = Callable[..., list[Any]]
+CPU = torch.device("cpu")
+CONTEXT = 16
+LENGTHS = [[5, 11, 3, 13, 16], [9, 7, 16, 2, 14]]
+"""Documents of three rows, of a rank of dp; ranks of cp have one and a half rows, or less."""
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+def new_model(changes: dict[str, Any]) -> Qwen2:
+    """A model whose weights, biases included, are large enough for gradients to tell apart."""
+    model = Qwen2(ModelConfig(**{**SHAPE, **changes}))
+    init_weights(model, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def new_batch(number: int) -> PackedBatch:
+    """The batch of a rank of dp; some of it is padding."""
+    lengths = LENGTHS[number % 2]
+    generator = torch.Generator().manual_seed(number)
+    tokens, targets = torch.randint(61, (2, sum(lengths)), generator=generator)
+    targets[-4 - number :] = IGNORE
+    return PackedBatch(tokens, targets, torch.cat([torch.arange(n) for n in lengths]), lengths)
+
+
+def total_count(batches: list[PackedBatch]) -> int:
+    """Targets of all batches."""
+    return sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+
+
+def alone(changes: dict[str, Any], dp: int) -> tuple[float, dict[str, Tensor]]:
+    """The loss over the batches of all ranks and its gradients, in one process."""
+    model, batches = new_model(changes), [new_batch(number) for number in range(dp)]
+    lengths = [length for batch in batches for length in batch.lengths]
+    parts = ([getattr(b, name) for b in batches] for name in ("tokens", "targets", "positions"))
+    whole = PackedBatch(*map(torch.cat, parts), lengths)
+    loss = PackedLoss(model)(whole, total_count(batches))
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def gradients(model: Qwen2) -> dict[str, Tensor]:
+    """Whole gradients by name."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        gradient = parameter.grad
+        found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return found
+
+
+def in_bf16() -> None:
+    """In a rank: weights and gradients stay in fp32 while the products are in bf16."""
+    world = World(Mesh().resolve(dist.get_world_size(), new_model({}).config, CONTEXT), CPU)
+    losses = []
+    for reshard in (True, False):
+        model = new_model({})
+        loss_of = parallelise(model, world, torch.bfloat16, reshard)
+        count = total_count([new_batch(number) for number in range(world.mesh.dp)])
+        loss = loss_of(new_batch(world.dp_rank), count)
+        loss.backward()
+        losses.append(world.sum(loss, "data").item())
+    expected_loss, expected = alone({}, world.mesh.dp)
+    assert losses[0] == losses[1] != expected_loss
+    assert losses[0] == pytest.approx(expected_loss, rel=1e-2)
+    found = gradients(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
+    """In a rank: its share of the step, and the sum of all against one process."""
+    mesh = Mesh(**sizes).resolve(dist.get_world_size(), new_model(changes).config, CONTEXT)
+    world = World(mesh, CPU)
+    model = new_model(changes)
+    loss_of = parallelise(model, world, torch.float32)
+    count = total_count([new_batch(number) for number in range(mesh.dp)])
+    loss = loss_of(new_batch(world.dp_rank), count)
+    loss.backward()
+    expected_loss, expected = alone(changes, mesh.dp)
+    torch.testing.assert_close(world.sum(loss, "data").item(), expected_loss, atol=1e-5, rtol=1e-5)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-4, f"{name}: nothing to compare"
+        torch.testing.assert_close(
+            found[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        pytest.param({}, {}, id="fsdp 2"),
+        pytest.param({}, {"tie_word_embeddings": True}, id="fsdp 2, tied head"),
+        pytest.param({"cp": 2}, {}, id="cp 2"),
+        pytest.param({"cp": 2}, {"num_key_value_heads": 1}, id="cp 2, one kv head for both"),
+    ],
+)
+def test_two_ranks_compute_what_one_does(
+    in_ranks: RunInRanks, sizes: dict[str, int], changes: dict[str, Any]
+) -> None:
+    in_ranks(2, compare, sizes, changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        pytest.param({"dp_replicate": 2}, {}, id="hsdp 2 x 2"),
+        pytest.param({"cp": 2}, {}, id="fsdp 2, cp 2"),
+        pytest.param({"cp": 4}, {}, id="cp 4, two kv heads"),
+    ],
+)
+def test_four_ranks_compute_what_one_does(
+    in_ranks: RunInRanks, sizes: dict[str, int], changes: dict[str, Any]
+) -> None:
+    in_ranks(4, compare, sizes, changes)
+
+
+def test_products_in_bf16_and_sums_in_fp32(in_ranks: RunInRanks) -> None:
+    in_ranks(2, in_bf16)
