@@ -1,20 +1,27 @@
 """A training step over many ranks: how a model and its loss are divided among them.
 
-Weights are sharded by FSDP2 (`fully_shard`; ZeRO stage 3, Rajbhandari et al. 2020) over the ranks
-of dp_shard and cp, gathered in the compute dtype when they are used, and replicated over
-dp_replicate (HSDP). Each layer is a unit of its own; the embedding, the final norm and the head
-are the root's. Gradients are summed in fp32, not averaged: the loss is divided by the number of the
-targets of all ranks already.
+Routed experts are divided over ep (expert_parallel.py), tokens over cp (ulysses.py). What is left
+of the weights is sharded by FSDP2 (`fully_shard`; ZeRO stage 3, Rajbhandari et al. 2020) over the
+ranks of dp_shard and cp, gathered in the compute dtype when it is used, and replicated over
+dp_replicate (HSDP). Each layer is a unit of its own, and so are its routed experts, whose ranks
+are others; the embedding, the final norm and the head are the root's. Gradients are summed in fp32,
+not averaged: the loss is divided by the number of the targets of all ranks already.
 
 The model knows nothing of it, and its parameters keep their names; their values are DTensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import Parameter
 
 from qwen2.model.decoder import Qwen2
+from qwen2.model.moe import Experts
+from qwen2.train.expert_parallel import divide_experts
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.world import World
 
@@ -36,16 +43,33 @@ def parallelise(
     """
     if not world.views:
         return PackedLoss(model)
-    context = world.views["rows"].get_group("cp") if world.mesh.cp > 1 else None
-    loss = PackedLoss(model, context)
+    if world.mesh.ep > 1:
+        for experts in _experts(model):
+            divide_experts(experts, world.views["sparse"]["ep"])
+    loss = PackedLoss(model, world)
     _shard(loss, world, dtype, reshard_after_forward)
     return loss
+
+
+def _experts(model: Qwen2) -> Iterator[Experts]:
+    """The routed experts of each layer of a mixture."""
+    return (module for module in model.modules() if isinstance(module, Experts))
 
 
 def _shard(loss: PackedLoss, world: World, dtype: torch.dtype, reshard: bool) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     replicated = ("dp_replicate",) if world.mesh.dp_replicate > 1 else ()
     dense = world.views["dense"][(*replicated, "fsdp")]
+    sparse = world.views["sparse"][(*replicated, "efsdp")]
+    ranks = sparse.size(-1)
+    for experts in _experts(loss.model):
+        fully_shard(
+            experts,
+            mesh=sparse,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=lambda parameter: _expert_placement(parameter, ranks),
+        )
     for layer in loss.model.model.layers:
         fully_shard(layer, mesh=dense, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(loss, mesh=dense, mp_policy=policy)
@@ -54,3 +78,10 @@ def _shard(loss: PackedLoss, world: World, dtype: torch.dtype, reshard: bool) ->
             module.set_gradient_divide_factor(1.0)
             # A division within the collective is NCCL's alone, and there is none to do.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_placement(stack: Parameter, ranks: int) -> Shard:
+    """Whole experts to each of `ranks`; where they do not come out even, rows of all of them."""
+    local = stack.to_local() if isinstance(stack, DTensor) else stack
+    uneven = local.shape[0] % ranks and not local.shape[1] % ranks
+    return Shard(1 if uneven else 0)

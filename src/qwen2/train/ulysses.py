@@ -42,7 +42,8 @@ class Ulysses:
         sizes = [x.shape[2] for x in heads]
         joint = torch.cat(heads, dim=2).transpose(0, 1)  # (cp, n, heads, D), by receiver
         joint = self._exchange(joint).flatten(0, 1)  # (N, heads, D): by sender is in order
-        out = self.inner.attend(layer, *joint.split(sizes, dim=1), rotary)  # (N, H/cp, D)
+        q, k, v = joint.split(sizes, dim=1)
+        out = self.inner.attend(layer, q, k, v, rotary)  # (N, H/cp, D)
         out = self._exchange(out.unflatten(0, (cp, -1)))  # (cp, n, H/cp, D), by sender
         return out.transpose(0, 1).flatten(1, 2)  # (n, H, D)
 

@@ -7,7 +7,7 @@ cp to the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -42,6 +42,15 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+MIXTURE = Mixture(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=24,
+)
+MOE = {"moe": MIXTURE}
+SIX = {"moe": MIXTURE.model_copy(update={"num_experts": 6})}
+
 
 def new_model(changes: dict[str, Any]) -> Qwen2:
     """A model whose weights, biases included, are large enough for gradients to tell apart."""
@@ -68,15 +77,33 @@ def total_count(batches: list[PackedBatch]) -> int:
     return sum(int((batch.targets != IGNORE).sum()) for batch in batches)
 
 
-def alone(changes: dict[str, Any], dp: int) -> tuple[float, dict[str, Tensor]]:
+class Expected(NamedTuple):
+    """What one process computes."""
+
+    loss: float
+    routers: float
+    gradients: dict[str, Tensor]
+
+
+def alone(changes: dict[str, Any], dp: int) -> Expected:
     """The loss over the batches of all ranks and its gradients, in one process."""
     model, batches = new_model(changes), [new_batch(number) for number in range(dp)]
     lengths = [length for batch in batches for length in batch.lengths]
     parts = ([getattr(b, name) for b in batches] for name in ("tokens", "targets", "positions"))
     whole = PackedBatch(*map(torch.cat, parts), lengths)
-    loss = PackedLoss(model)(whole, total_count(batches))
-    loss.backward()
-    return loss.item(), gradients(model)
+    loss, routers = losses(PackedLoss(model), whole, total_count(batches))
+    (loss + routers).backward()
+    return Expected(loss.item(), routers.item(), gradients(model))
+
+
+def losses(loss_of: PackedLoss, batch: PackedBatch, count: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and what the routers of a mixture add to it."""
+    moe = loss_of.model.config.moe
+    routing = Routing(moe, CPU) if moe else None
+    loss = loss_of(batch, count, routing)
+    if routing is None:
+        return loss, torch.zeros(())
+    return loss, 0.5 * routing.balance_loss() + 0.1 * routing.z_loss()
 
 
 def gradients(model: Qwen2) -> dict[str, Tensor]:
@@ -92,21 +119,21 @@ def gradients(model: Qwen2) -> dict[str, Tensor]:
 def in_bf16() -> None:
     """In a rank: weights and gradients stay in fp32 while the products are in bf16."""
     world = World(Mesh().resolve(dist.get_world_size(), new_model({}).config, CONTEXT), CPU)
-    losses = []
+    seen = []
     for reshard in (True, False):
         model = new_model({})
         loss_of = parallelise(model, world, torch.bfloat16, reshard)
         count = total_count([new_batch(number) for number in range(world.mesh.dp)])
         loss = loss_of(new_batch(world.dp_rank), count)
         loss.backward()
-        losses.append(world.sum(loss, "data").item())
-    expected_loss, expected = alone({}, world.mesh.dp)
-    assert losses[0] == losses[1] != expected_loss
-    assert losses[0] == pytest.approx(expected_loss, rel=1e-2)
+        seen.append(world.sum(loss, "data").item())
+    expected = alone({}, world.mesh.dp)
+    assert seen[0] == seen[1] != expected.loss
+    assert seen[0] == pytest.approx(expected.loss, rel=1e-2)
     found = gradients(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    for name, gradient in expected.items():
+    for name, gradient in expected.gradients.items():
         assert (found[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
@@ -117,17 +144,17 @@ def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
     model = new_model(changes)
     loss_of = parallelise(model, world, torch.float32)
     count = total_count([new_batch(number) for number in range(mesh.dp)])
-    loss = loss_of(new_batch(world.dp_rank), count)
-    loss.backward()
-    expected_loss, expected = alone(changes, mesh.dp)
-    torch.testing.assert_close(world.sum(loss, "data").item(), expected_loss, atol=1e-5, rtol=1e-5)
+    loss, routers = losses(loss_of, new_batch(world.dp_rank), count)
+    (loss + routers).backward()
+    expected = alone(changes, mesh.dp)
+    assert world.sum(loss, "data").item() == pytest.approx(expected.loss, rel=1e-5)
+    assert world.sum(routers, "stage").item() == pytest.approx(expected.routers, rel=1e-5)
     found = gradients(model)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
+    assert found.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
         assert gradient.abs().max() > 1e-4, f"{name}: nothing to compare"
-        torch.testing.assert_close(
-            found[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        difference = (found[name] - gradient).abs().max()
+        assert difference < 1e-5, f"{name}: {difference:.1e} of {gradient.abs().max():.1e}"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +164,8 @@ def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
         pytest.param({}, {"tie_word_embeddings": True}, id="fsdp 2, tied head"),
         pytest.param({"cp": 2}, {}, id="cp 2"),
         pytest.param({"cp": 2}, {"num_key_value_heads": 1}, id="cp 2, one kv head for both"),
+        pytest.param({}, MOE, id="fsdp 2, mixture"),
+        pytest.param({"ep": 2}, MOE, id="ep 2"),
     ],
 )
 def test_two_ranks_compute_what_one_does(
@@ -152,6 +181,10 @@ def test_two_ranks_compute_what_one_does(
         pytest.param({"dp_replicate": 2}, {}, id="hsdp 2 x 2"),
         pytest.param({"cp": 2}, {}, id="fsdp 2, cp 2"),
         pytest.param({"cp": 4}, {}, id="cp 4, two kv heads"),
+        pytest.param({"ep": 2}, MOE, id="fsdp 4, ep 2"),
+        pytest.param({"ep": 2}, SIX, id="fsdp 4, ep 2, three experts over two ranks"),
+        pytest.param({"ep": 4, "cp": 2}, MOE, id="fsdp 2, cp 2, ep 4"),
+        pytest.param({"ep": 2, "dp_replicate": 2}, MOE, id="hsdp 2 x 2, ep 2"),
     ],
 )
 def test_four_ranks_compute_what_one_does(
