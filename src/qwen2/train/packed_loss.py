@@ -17,6 +17,7 @@ from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.loss import chunked_cross_entropy
 from qwen2.train.router import share_counts
+from qwen2.train.tensor_parallel import gather_tokens, vocabulary_share
 from qwen2.train.ulysses import Ulysses
 from qwen2.train.world import World
 
@@ -46,4 +47,8 @@ class PackedLoss(nn.Module):
         hidden = model.model(tokens.to(device), batch.positions.to(device), attention, routing)
         if world and routing:
             share_counts(routing, world)
-        return chunked_cross_entropy(hidden, model.lm_head.weight, targets.to(device), count)
+        weight, share = model.lm_head.weight, None
+        if world and world.mesh.tp > 1:
+            hidden = gather_tokens(hidden, world.views["dense"]["tp"])
+            weight, share = vocabulary_share(weight)
+        return chunked_cross_entropy(hidden, weight, targets.to(device), count, share=share)

@@ -1,7 +1,7 @@
 """A training step over many ranks: how a model and its loss are divided among them.
 
-Routed experts are divided over ep (expert_parallel.py), tokens over cp (ulysses.py). What is left
-of the weights is sharded by FSDP2 (`fully_shard`; ZeRO stage 3, Rajbhandari et al. 2020) over the
+Matrices are divided over tp (tensor_parallel.py), routed experts over ep (expert_parallel.py),
+tokens over cp (ulysses.py). What is left of the weights is sharded by FSDP2 (`fully_shard`; ZeRO stage 3, Rajbhandari et al. 2020) over the
 ranks of dp_shard and cp, gathered in the compute dtype when it is used, and replicated over
 dp_replicate (HSDP). Each layer is a unit of its own, and so are its routed experts, whose ranks
 are others; the embedding, the final norm and the head are the root's. Gradients are summed in fp32,
@@ -23,6 +23,7 @@ from qwen2.model.decoder import Qwen2
 from qwen2.model.moe import Experts
 from qwen2.train.expert_parallel import divide_experts
 from qwen2.train.packed_loss import PackedLoss
+from qwen2.train.tensor_parallel import divide_matrices
 from qwen2.train.world import World
 
 
@@ -43,6 +44,8 @@ def parallelise(
     """
     if not world.views:
         return PackedLoss(model)
+    if world.mesh.tp > 1:
+        divide_matrices(model, world.views["dense"]["tp"])
     if world.mesh.ep > 1:
         for experts in _experts(model):
             divide_experts(experts, world.views["sparse"]["ep"])

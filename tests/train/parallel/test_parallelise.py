@@ -166,6 +166,10 @@ def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
         pytest.param({"cp": 2}, {"num_key_value_heads": 1}, id="cp 2, one kv head for both"),
         pytest.param({}, MOE, id="fsdp 2, mixture"),
         pytest.param({"ep": 2}, MOE, id="ep 2"),
+        pytest.param({"tp": 2}, {}, id="tp 2"),
+        pytest.param({"tp": 2}, {"tie_word_embeddings": True}, id="tp 2, tied head"),
+        pytest.param({"tp": 2}, {"intermediate_size": 37}, id="tp 2, uneven"),
+        pytest.param({"tp": 2}, MOE, id="tp 2, mixture"),
     ],
 )
 def test_two_ranks_compute_what_one_does(
@@ -183,6 +187,11 @@ def test_two_ranks_compute_what_one_does(
         pytest.param({"cp": 4}, {}, id="cp 4, two kv heads"),
         pytest.param({"ep": 2}, MOE, id="fsdp 4, ep 2"),
         pytest.param({"ep": 2}, SIX, id="fsdp 4, ep 2, three experts over two ranks"),
+        pytest.param({"tp": 2}, {}, id="fsdp 2, tp 2"),
+        pytest.param({"tp": 2}, {"tie_word_embeddings": True}, id="fsdp 2, tp 2, tied head"),
+        pytest.param({"tp": 2}, {"intermediate_size": 37}, id="fsdp 2, tp 2, uneven"),
+        pytest.param({"tp": 2, "cp": 2}, {}, id="cp 2, tp 2"),
+        pytest.param({"tp": 2, "ep": 2}, MOE, id="fsdp 2, tp 2, ep 2"),
         pytest.param({"ep": 4, "cp": 2}, MOE, id="fsdp 2, cp 2, ep 4"),
         pytest.param({"ep": 2, "dp_replicate": 2}, MOE, id="hsdp 2 x 2, ep 2"),
     ],
