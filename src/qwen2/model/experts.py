@@ -71,7 +71,9 @@ class _GroupedExperts(torch.autograd.Function):
         gate, up = hidden.chunk(2, dim=-1)
         out = _products(F.silu(gate).mul_(up), down.transpose(1, 2), counts)  # (M, C)
         out = out.index_select(0, back).unflatten(0, (N, k))
-        return torch.bmm(weights[:, None], out)[:, 0]
+        y = x.new_empty(N, out.shape[2])  # no view: whoever gets one may not change it in place
+        torch.bmm(weights[:, None], out, out=y[:, None])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

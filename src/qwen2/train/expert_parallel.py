@@ -61,7 +61,9 @@ def travelling_experts(
     out = _exchange(out, there, here, group)  # (M, C), in the order of `order`
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return torch.bmm(weights[:, None], out.index_select(0, back).unflatten(0, (n, k)))[:, 0]
+    out = out.index_select(0, back).unflatten(0, (n, k))
+    # A copy, for FSDP warns of views: in-place changes of them would pass its hooks by.
+    return torch.bmm(weights[:, None], out)[:, 0].clone()
 
 
 def _exchange(rows: Tensor, here: list[int], there: list[int], group: dist.ProcessGroup) -> Tensor:

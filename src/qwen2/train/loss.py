@@ -6,8 +6,8 @@ in fp32, and turn into their gradient in place; those of hidden states and weigh
 the same pass. Equal to `F.cross_entropy` of `hidden @ weight.T`, the reference of the tests.
 
 Ranks of tensor parallelism have a share of the vocabulary each (Shoeybi et al. 2019, section 3):
-they agree on a row's largest logit, on its sum of exponentials and on the logit of its target, which
-is three numbers a row, and no rank ever sees the logits of another.
+they agree on a row's largest logit, its sum of exponentials and the logit of its target, three
+numbers a row, and no rank ever sees the logits of another.
 
 torch's `F.linear_cross_entropy` is not used: for bf16 input its loss is bf16 too (off by 0.01 to
 1.5 nats), and its chunked path is 5 to 40 times slower on the CPU (torch 2.13).

@@ -49,7 +49,7 @@ class TokenByToken(ParallelStyle):
             with _local(owners):
                 return inner(*args)
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         return module
 
 
@@ -71,7 +71,6 @@ def _local(owners: list[nn.Module]) -> Iterator[None]:
 
 def divide_matrices(model: Qwen2, mesh: DeviceMesh) -> None:
     """Keep of `model` this rank's share over `mesh`, of one dimension."""
-    gather = {"desired_input_layouts": Replicate(), "input_layouts": Shard(0)}
     plan: dict[str, ParallelStyle] = {
         # (n,) ids -> (n/tp, C); the table is a share of the vocabulary
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
@@ -91,7 +90,7 @@ def divide_matrices(model: Qwen2, mesh: DeviceMesh) -> None:
         plan[f"{attention}.o_proj"] = RowwiseParallel(output_layouts=Shard(0))
         if isinstance(layer.mlp, MoE):
             continue
-        plan[mlp] = PrepareModuleInput(**gather)
+        plan[mlp] = PrepareModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate())
         for projection in ("gate_proj", "up_proj"):
             # As DTensors, which know the whole size where shares differ by one.
             plan[f"{mlp}.{projection}"] = ColwiseParallel(use_local_output=False)

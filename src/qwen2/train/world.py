@@ -95,6 +95,9 @@ class World:
             "stage": {"pp": pp, "stage": mesh.world_size // pp},
         }.items():
             self.views[name] = line._unflatten(0, tuple(sizes.values()), tuple(sizes))
+        # Sums over both dimensions of a weight are then one collective.
+        self.views["dense"]["fsdp", "tp"]._flatten("weights")
+        self.views["sparse"]["efsdp", "ep"]._flatten("experts")
 
     @property
     def is_first(self) -> bool:

@@ -15,12 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from qwen2.common.errors import UserError
 from qwen2.model.config import Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
+from qwen2.train.gradients import scale_gradients, total_norm
 from qwen2.train.loss import IGNORE
 from qwen2.train.mesh import Mesh
+from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.parallelise import parallelise
 from qwen2.train.world import World
@@ -90,8 +93,8 @@ def alone(changes: dict[str, Any], dp: int) -> Expected:
     model, batches = new_model(changes), [new_batch(number) for number in range(dp)]
     lengths = [length for batch in batches for length in batch.lengths]
     parts = ([getattr(b, name) for b in batches] for name in ("tokens", "targets", "positions"))
-    whole = PackedBatch(*map(torch.cat, parts), lengths)
-    loss, routers = losses(PackedLoss(model), whole, total_count(batches))
+    joint = PackedBatch(*map(torch.cat, parts), lengths)
+    loss, routers = losses(PackedLoss(model), joint, total_count(batches))
     (loss + routers).backward()
     return Expected(loss.item(), routers.item(), gradients(model))
 
@@ -111,9 +114,19 @@ def gradients(model: Qwen2) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        gradient = parameter.grad
-        found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        found[name] = whole(parameter.grad)
     return found
+
+
+def updated(model: Qwen2) -> dict[str, Tensor]:
+    """Whole weights by name after an update; `eps` is so large that rounding stays what it is."""
+    AdamWConfig(lr=0.01, eps=0.01).build(dict(model.named_parameters())).step()
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor, which may be divided."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def in_bf16() -> None:
@@ -155,6 +168,18 @@ def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
         assert gradient.abs().max() > 1e-4, f"{name}: nothing to compare"
         difference = (found[name] - gradient).abs().max()
         assert difference < 1e-5, f"{name}: {difference:.1e} of {gradient.abs().max():.1e}"
+    norm = total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    expected_norm = torch.nn.utils.get_total_norm(list(expected.gradients.values()))
+    assert norm.item() == pytest.approx(expected_norm.item(), rel=1e-5)
+    scale_gradients(list(model.parameters()), norm.item() / 2, norm)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, found[name] / 2)
+    other = new_model(changes)
+    for name, parameter in other.named_parameters():
+        parameter.grad = expected.gradients[name] / 2
+    weights = updated(model)
+    for name, weight in updated(other).items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,3 +229,15 @@ def test_four_ranks_compute_what_one_does(
 
 def test_products_in_bf16_and_sums_in_fp32(in_ranks: RunInRanks) -> None:
     in_ranks(2, in_bf16)
+
+
+def in_stages() -> None:
+    """In a rank: what cannot be done is refused before anything is divided."""
+    model = new_model({})
+    world = World(Mesh(pp=2).resolve(dist.get_world_size(), model.config, CONTEXT), CPU)
+    with pytest.raises(UserError, match="pp 2"):
+        parallelise(model, world, torch.float32)
+
+
+def test_pipeline_stages_are_refused(in_ranks: RunInRanks) -> None:
+    in_ranks(2, in_stages)
