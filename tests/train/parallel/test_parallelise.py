@@ -129,18 +129,19 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def in_bf16() -> None:
+def in_bf16(sizes: dict[str, int], changes: dict[str, Any]) -> None:
     """In a rank: weights and gradients stay in fp32 while the products are in bf16."""
-    world = World(Mesh().resolve(dist.get_world_size(), new_model({}).config, CONTEXT), CPU)
+    config = new_model(changes).config
+    world = World(Mesh(**sizes).resolve(dist.get_world_size(), config, CONTEXT), CPU)
     seen = []
     for reshard in (True, False):
-        model = new_model({})
+        model = new_model(changes)
         loss_of = parallelise(model, world, torch.bfloat16, reshard)
         count = total_count([new_batch(number) for number in range(world.mesh.dp)])
         loss = loss_of(new_batch(world.dp_rank), count)
         loss.backward()
         seen.append(world.sum(loss, "data").item())
-    expected = alone({}, world.mesh.dp)
+    expected = alone(changes, world.mesh.dp)
     assert seen[0] == seen[1] != expected.loss
     assert seen[0] == pytest.approx(expected.loss, rel=1e-2)
     found = gradients(model)
@@ -148,6 +149,21 @@ def in_bf16() -> None:
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     for name, gradient in expected.gradients.items():
         assert (found[name] - gradient).norm() < 0.05 * gradient.norm(), name
+    with torch.no_grad():  # other kernels than with gradients
+        held_out = world.sum(loss_of(new_batch(world.dp_rank), count), "data").item()
+    assert held_out == pytest.approx(expected.loss, rel=1e-2)
+
+
+def in_micro_batches(sizes: dict[str, int]) -> None:
+    """In a rank: gradients of two batches, one after the other, add up to those of both."""
+    model = new_model({})
+    world = World(Mesh(**sizes).resolve(dist.get_world_size(), model.config, CONTEXT), CPU)
+    loss_of = parallelise(model, world, torch.float32)
+    batches = [new_batch(number) for number in range(2)]
+    for batch in batches:
+        loss_of(batch, total_count(batches)).backward()
+    for name, gradient in alone({}, 2).gradients.items():
+        torch.testing.assert_close(gradients(model)[name], gradient, atol=1e-5, rtol=1e-5)
 
 
 def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
@@ -227,8 +243,22 @@ def test_four_ranks_compute_what_one_does(
     in_ranks(4, compare, sizes, changes)
 
 
-def test_products_in_bf16_and_sums_in_fp32(in_ranks: RunInRanks) -> None:
-    in_ranks(2, in_bf16)
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        pytest.param({}, {}, id="fsdp 2"),
+        pytest.param({"tp": 2}, {}, id="tp 2"),
+    ],
+)
+def test_products_in_bf16_and_sums_in_fp32(
+    in_ranks: RunInRanks, sizes: dict[str, int], changes: dict[str, Any]
+) -> None:
+    in_ranks(2, in_bf16, sizes, changes)
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"cp": 2}], ids=["tp 2", "cp 2"])
+def test_gradients_of_micro_batches_add_up(in_ranks: RunInRanks, sizes: dict[str, int]) -> None:
+    in_ranks(2, in_micro_batches, sizes)
 
 
 def in_stages() -> None:
