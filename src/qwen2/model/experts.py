@@ -70,8 +70,10 @@ class _GroupedExperts(torch.autograd.Function):
             ctx.save_for_backward(x, gate_up, down, weights, order, back, counts, hidden)
         gate, up = hidden.chunk(2, dim=-1)
         out = _products(F.silu(gate).mul_(up), down.transpose(1, 2), counts)  # (M, C)
-        out = out.index_select(0, back).view(N, k, -1)
-        return torch.bmm(weights[:, None], out)[:, 0]
+        out = out.index_select(0, back).unflatten(0, (N, k))
+        y = x.new_empty(N, out.shape[2])  # no view: whoever gets one may not change it in place
+        torch.bmm(weights[:, None], out, out=y[:, None])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,7 +98,7 @@ class _GroupedExperts(torch.autograd.Function):
         torch.mul(dinner.mul_(up), slope, out=dgate)
         dgate_up = _outer_products(dhidden, x.index_select(0, token), counts)  # (E, 2I, C)
         dx = _products(dhidden, gate_up, counts).index_select(0, back)  # (M, C)
-        return dx.view(N, k, -1).sum(1), dgate_up, ddown, None, dweights
+        return dx.unflatten(0, (N, k)).sum(1), dgate_up, ddown, None, dweights
 
 
 def threaded_products(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:

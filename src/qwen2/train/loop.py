@@ -28,8 +28,9 @@ from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen2.train.flops import step_flops
-from qwen2.train.loss import IGNORE, OutputZ, chunked_cross_entropy
+from qwen2.train.loss import IGNORE, OutputZ
 from qwen2.train.metrics import MetricsFile
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.precision import MasterWeights
 from qwen2.train.router import RouterLosses
 from qwen2.train.watch import Watchers, WatchSettings, watch
@@ -144,14 +145,8 @@ def batch_loss(
     routing: Routing | None = None,
     z: OutputZ | None = None,
 ) -> Tensor:
-    """Cross-entropy of a packed batch, summed and divided by `count` (None: their mean).
-
-    What a mixture's routers did is added to `routing`. With `z` the z-loss is added, see loss.py.
-    """
-    device = model.device
-    tokens, positions = batch.tokens.to(device), batch.positions.to(device)
-    hidden = model.model(tokens, positions, model.packed(batch.lengths), routing)
-    return chunked_cross_entropy(hidden, model.lm_head.weight, batch.targets.to(device), count, z=z)
+    """Cross-entropy of a packed batch in one process, see `PackedLoss`."""
+    return PackedLoss(model)(batch, count, routing, z)
 
 
 def trained_lengths(batch: PackedBatch) -> list[int]:

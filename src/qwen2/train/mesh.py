@@ -6,7 +6,7 @@
     cp             ranks that share the tokens of their rows; attention by heads (Ulysses,
                    Jacobs et al. 2023)
     tp             ranks that share each matrix (Shoeybi et al. 2019), and tokens between them
-    ep             ranks, of those in dp_shard and cp, that share the routed experts of a layer
+    ep             ranks, neighbours in dp_shard x cp x tp, that share the routed experts of a layer
 
 Ranks are numbered with tp fastest and pp slowest, so that those which talk most are on one host.
 All but `ep` multiply to the world size. Weights are sharded over dp_shard and cp together: ranks

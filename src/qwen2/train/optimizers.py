@@ -24,6 +24,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from qwen2.common.config import Config
+from qwen2.train.gradients import by_mesh
 
 
 class AdamWSettings(Config):
@@ -82,13 +83,19 @@ def _adamw(settings: AdamWSettings, groups: list[dict[str, Any]]) -> torch.optim
 def parameter_groups(
     parameters: Mapping[str, nn.Parameter], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and norms and biases, which do not."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    """Two groups: matrices, which decay, and norms and biases, which do not.
+
+    Where parameters lie on different meshes, each has two: the kernel takes no list of both.
+    """
+    groups = []
+    for some in by_mesh(parameters.values()) or [[]]:
+        matrices = [p for p in some if p.ndim >= 2]
+        vectors = [p for p in some if p.ndim < 2]
+        groups += [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    return groups
 
 
 def hidden_matrices(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen2.model.config import Mixture
 from qwen2.model.moe import Routing, expert_entropy, expert_share
+from qwen2.train.world import World
 
 
 class RouterLosses:
@@ -44,3 +45,15 @@ class RouterLosses:
             "expert_entropy": expert_entropy(self.counts),
             "dropped": self.dropped,
         }
+
+
+def share_counts(routing: Routing, world: World) -> None:
+    """Count in `routing`, of one pass, what the routers of all ranks did, each with its own tokens.
+
+    The shares f_e of the balance loss are then those of all tokens. Sums with gradients stay this
+    rank's: its losses are its parts of those of all tokens, and add up over `stage`.
+    """
+    ranks = world.mesh.world_size // world.mesh.pp  # all with as many tokens
+    routing.counts = world.sum(routing.counts, "stage")
+    routing.tokens *= ranks
+    routing.pairs *= ranks
