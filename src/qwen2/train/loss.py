@@ -143,6 +143,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     weight_grad = product if part.stop >= len(hidden) else product.to(wide)
                 else:
                     weight_grad += product
+                del product
+            del logits  # before the next block's are there
         if with_gradient:
             if weight_grad is None:  # no targets here
                 weight_grad = torch.zeros_like(weight)

@@ -235,10 +235,9 @@ def _loss(work: Work) -> tuple[int, int]:
     b, hidden = work.itemsize, work.tokens * work.model.hidden_size * work.itemsize
     head = _share(work.model.vocab_size, work.mesh.tp) * work.model.hidden_size
     logits, blocks = loss_block(work)
-    # Of several blocks, the weight's gradients add up in fp32, and the last block's logits are
-    # there while the next one's are made.
+    # Of several blocks, the weight's gradients add up in fp32.
     sums = head * (b if blocks == 1 else 4 + b)
-    forward = min(blocks, 2) * logits + min(2 * CHUNK_BYTES, 2 * logits) + 2 * hidden + sums
+    forward = logits + min(2 * CHUNK_BYTES, 2 * logits) + 2 * hidden + sums
     return forward, 2 * hidden + 2 * head * b
 
 
