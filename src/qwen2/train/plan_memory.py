@@ -167,12 +167,12 @@ def layer_activations(work: Work, recompute: Recompute | None = None) -> int:
         attention = 4 * stream + 2 * model.kv_size * b + 4 * model.num_attention_heads
         if model.moe is None:  # gate, up and down
             return _share(n * (attention + stream + 2 * model.intermediate_size * b), tp)
-        # The sum of the routed experts, whose own products are computed again; the router's
-        # logits; of the shared expert gate, up and down, and its own gate.
+        # The router's logits; of the shared expert gate, up and down, and its own gate. The
+        # routed experts are computed again.
         width = model.moe.shared_expert_intermediate_size
         shared = stream + 2 * width * b if width else 0
         own = 4 * model.moe.num_experts + (b if width else 0)
-        return _share(n * (attention + stream + shared), tp) + n * own
+        return _share(n * (attention + shared), tp) + n * own
     # q, attention's output and o_proj's input; lse; k and v as ranks of cp have them.
     heads = max(model.num_key_value_heads, tp * work.mesh.cp)
     attention = 3 * stream + 4 * model.num_attention_heads + 2 * heads * model.head_dim * b
