@@ -217,8 +217,7 @@ def test_a_signal_during_training_stops_the_run_and_it_goes_on(
     train, folder = Run.train, tmp_path / "run"
 
     def interrupted(self: Run, steps: int) -> bool:
-        train(self, 3)
-        self.save()
+        train(self, 3)  # saves itself at its end
         return False
 
     with monkeypatch.context() as patched, pytest.raises(Stopped, match="saved"):  # noqa: PT012
