@@ -20,8 +20,9 @@ from qwen2.model.decoder import Qwen2
 from qwen2.tokens.loader import PackedLoader
 from qwen2.train import page as page_module
 from qwen2.train.curves import History
-from qwen2.train.loop import LoopSettings, Run, Trainee
+from qwen2.train.loop import LoopSettings, Run
 from qwen2.train.page import Moment, Page, count, duration, render
+from qwen2.train.step import Trainee
 
 RECIPE = {"stage": "pretrain", "out": "/runs/mine", "clip": 1.0, "optimizer": {"lr": 0.01}}
 

@@ -30,8 +30,9 @@ from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.packing import NOTHING, Piece, pack
 from qwen2.tokens.shards import Shards
 from qwen2.train.checkpoints import newest_checkpoint
-from qwen2.train.loop import Trainee, batch_loss, train_step, trained_lengths
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.pretrain import PretrainRecipe, build_loader, pretrain
+from qwen2.train.step import Trainee, train_step, trained_lengths
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -315,7 +316,7 @@ def test_padding_does_not_count(new_trainee: Callable[..., Trainee]) -> None:
     ids = np.arange(20) % 7
     whole = pack([Piece(0, 0, 20)], lambda _: ids)
     padded = pack([Piece(0, 0, 20), Piece(NOTHING, 0, 12)], lambda _: ids)
-    assert batch_loss(model, padded).item() == pytest.approx(batch_loss(model, whole).item())
+    assert PackedLoss(model)(padded).item() == pytest.approx(PackedLoss(model)(whole).item())
     assert train_step(new_trainee(), [padded, whole], 0.0, 1.0).tokens == 40
     assert (padded.lengths, trained_lengths(padded)) == ([20, 12], [20])
 

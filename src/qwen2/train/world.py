@@ -99,6 +99,13 @@ class World:
         self.views["dense"]["fsdp", "tp"]._flatten("weights")
         self.views["sparse"]["efsdp", "ep"]._flatten("experts")
 
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """One process, whatever groups it may be in."""
+        world = cls.__new__(cls)
+        world.mesh, world.device, world.views = Mesh(dp_shard=1), device, {}
+        return world
+
     @property
     def is_first(self) -> bool:
         """Whether this rank is the one that writes and speaks for all."""
@@ -116,11 +123,19 @@ class World:
             of its tokens, the same on all ranks of tp (the loss); `stage`, for what each rank
             computes of tokens that no other has (what a router did).
         """
-        total = value.detach().clone()
+        total = value.detach().to(self.device, copy=True)
         if self.views:
             view = "rows" if over == "dp" else over
             dist.all_reduce(total, group=self.views[view].get_group(over))
         return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; all must ask."""
+        if not self.views:
+            return flag
+        found = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
 
 
 @contextmanager

@@ -33,11 +33,12 @@ from qwen2.tokens.packing import PackedBatch, Piece, pack
 from qwen2.tokens.remap import END_OF_TEXT
 from qwen2.tokens.shards import Shards
 from qwen2.tokens.weighted import Subset, WeightedLoader, by_kind
-from qwen2.train.loop import Trainee, batch_loss, train_step
 from qwen2.train.loss import IGNORE
 from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import cosine
+from qwen2.train.step import Trainee, train_step
 
 WARMUP, FLOOR = 0.1, 0.05
 EVALUATED_ROWS = 16  # in a pass
@@ -94,7 +95,7 @@ def train_proxy(job: Job, text: ProxyText) -> dict[str, float]:
     model = Qwen2(proxy.model)
     init_weights(model, torch.Generator().manual_seed(job.seed))
     weights = MasterWeights(model, parse_dtype(proxy.dtype))
-    trainee = Trainee(model, weights, AdamWConfig(lr=proxy.lr).build(weights.masters))
+    trainee = Trainee(PackedLoss(model), weights, AdamWConfig(lr=proxy.lr).build(weights.masters))
     loader = text.loader(job)
     warmup = max(1, round(WARMUP * proxy.steps))
     for step in range(proxy.steps):
@@ -133,7 +134,7 @@ class ProxyText:
         count."""
         return {
             kind: sum(
-                batch_loss(model, batch, 1).item()
+                PackedLoss(model)(batch, 1).item()
                 for batch in held_out_batches(source, context, EVALUATED_ROWS)
             )
             / math.log(2)
