@@ -22,8 +22,11 @@ def train(
 
     from qwen2.common.recipes import find_recipe
     from qwen2.pipeline.train import run_recipe
+    from qwen2.train.world import find_place
 
     result = run_recipe(find_recipe(recipe), overrides or [])
+    if (place := find_place()) and place.rank:
+        return  # the first one speaks for all
     if as_json:
         print(json.dumps(dataclasses.asdict(result), default=str))
     elif result.finished:

@@ -189,7 +189,7 @@ def run_stage(
     )
     finished = run.train(recipe.total_steps)
     exported = recipe.out / "model"
-    if finished and not exported.exists():
+    if finished and not exported.exists() and not world.views:
         save(trainee.model, tokenizer, exported)
     return StageResult(
         run.state.step,

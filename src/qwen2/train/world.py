@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qwen2.common.config import one_line
 from qwen2.common.errors import UserError
@@ -160,7 +162,11 @@ def open_world(
     if chosen.type == "cuda":
         chosen = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    store = _store_of_attempt(place)
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.size, timeout=TIMEOUT
+    )
     try:
         yield World(resolved, chosen)
     except RuntimeError as error:
@@ -172,6 +178,28 @@ def open_world(
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_attempt(place: Place, environment: Mapping[str, str] = os.environ) -> dist.Store:
+    """Where the ranks find each other.
+
+    After a restart the store that torchrun keeps for its processes still has the addresses of those
+    before (pytorch/pytorch#135712). On one host the number of the attempt tells them apart; hosts
+    count their restarts by themselves, so there torchrun must not share its store.
+
+    Raises:
+        UserError: it does.
+    """
+    store, _, _ = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if attempt and environment.get("LOCAL_WORLD_SIZE") != str(place.size):
+        raise UserError(
+            "torchrun: a restart of several hosts, which would look for the processes before it; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+        )
+    return PrefixStore(f"attempt {attempt}", store)
 
 
 def _lost(error: RuntimeError) -> bool:
