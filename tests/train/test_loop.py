@@ -259,8 +259,8 @@ def test_evaluation_sees_a_model_without_gradients_and_is_logged(
 ) -> None:
     counter = itertools.count(1)
 
-    def evaluate(model: Qwen2) -> dict[str, Any]:
-        assert not model.training
+    def evaluate(loss: PackedLoss) -> dict[str, Any]:
+        assert not loss.model.training
         assert not torch.is_grad_enabled()
         return {"bits_per_byte": next(counter)}
 

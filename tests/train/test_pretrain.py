@@ -131,17 +131,20 @@ def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_0(recipe: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_0(
+    asked: signal.Signals, recipe: dict[str, Any], tmp_path: Path
+) -> None:
     out = Path(recipe["out"])
     recipe |= {"steps": 100_000, "checkpoint_every": 100_000}
     process = start(recipe, tmp_path)
     wait_for_lines(out, 4, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(asked)
     printed, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     result = json.loads(printed)
     assert not result["finished"]
-    assert "SIGTERM: stopped at step" in said
+    assert f"{asked.name}: stopped at step" in said
     assert newest_checkpoint(out / "checkpoints") == Path(result["checkpoint"])
     assert len(losses(out)) == result["step"]
 

@@ -10,7 +10,6 @@ again afterwards, on top of the new length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,7 +23,6 @@ from qwen2.model.hub import load_config
 from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
 from qwen2.tokens.mixture import LongMixture
 from qwen2.train.first_weights import FirstWeights, StoredWeights
-from qwen2.train.loop import Evaluate
 from qwen2.train.phases import PhasedLoader
 from qwen2.train.ranks import from_first
 from qwen2.train.stage import (
@@ -48,10 +46,9 @@ class LongContextRecipe(StageRecipe):
     """Documents of so many tokens count as long; None: of the length that `init` is trained on."""
     long_share: float = Field(default=0.7, gt=0, lt=1)  # of the tokens; the rest is short text
     packing: Packing = "stream"  # as in pre-training
-    held_out: Path | None = None
-    """A folder of shards, to measure perplexity by position on before and after."""
     held_out_documents: int = Field(default=64, gt=0)
-    """How many of its long documents are read for that: 2M tokens at 32,768 each."""
+    """How many of the long documents of `held_out` are read for perplexity by position, which is
+    measured before and after: 2M tokens at 32,768 each."""
 
     def first_weights(self) -> FirstWeights:
         """Those of `init`, for the new context."""
@@ -65,9 +62,7 @@ class LongContextRecipe(StageRecipe):
 
 
 def long_context(
-    recipe: LongContextRecipe,
-    evaluate: Evaluate | None = None,
-    before: Callable[[], None] | None = None,
+    recipe: LongContextRecipe, before: Callable[[], None] | None = None
 ) -> StageResult:
     """Run or resume `recipe`; a finished run is left as it is. See stage.py for its folder.
 
@@ -95,7 +90,7 @@ def long_context(
         torch.manual_seed(recipe.seed)
         loader = build_loader(recipe, before_it, shards, world.dp_rank, world.mesh.dp)
         trainee = make_trainee(first, recipe, world)
-        return run_stage(recipe, trainee, loader, tokenizer, evaluate)
+        return run_stage(recipe, trainee, loader, tokenizer)
 
 
 def build_loader(

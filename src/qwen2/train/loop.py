@@ -23,6 +23,7 @@ from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.packed_loss import PackedLoss
+from qwen2.train.spikes import SpikeSettings
 from qwen2.train.step import StepResult, Trainee, train_step
 from qwen2.train.watch import Watchers, WatchSettings, watch
 
@@ -51,6 +52,7 @@ class LoopSettings(WatchSettings):
     clip: float = Field(default=1.0, gt=0)  # largest norm of the whole gradient
     max_skips: int = Field(default=5, gt=0)  # non-finite batches in a row that end the run
     checkpoint_every: int = Field(default=500, gt=0)  # steps
+    spike: SpikeSettings | None = None  # go back from a loss that is far too high, see spikes.py
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
     evaluate_every: int = Field(default=500, gt=0)  # steps
     router_z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
@@ -87,14 +89,11 @@ class Run:
         self.state = RunState()
         self.checkpoint = newest_checkpoint(out / "checkpoints")
         if self.checkpoint is not None:
-            self.state, loader_state = load_checkpoint(
-                self.checkpoint, trainee.weights.masters, trainee.optimizer
-            )
-            trainee.weights.publish()
-            loader.load_state_dict(loader_state)
+            self._load(self.checkpoint)
         # A finished run is exported as its last step left it, so the next one is not entered yet.
         self._enter(max(self.state.step - 1, 0))
         self._saved = self.state.step
+        self._read, self._returns = 0, 0  # micro-batches and rollbacks since the newest checkpoint
         self.metrics: MetricsFile | None = None
         if self.world.is_first:
             self.metrics = MetricsFile(out / METRICS, self.state.metrics_bytes)
@@ -111,6 +110,8 @@ class Run:
             stop = self.world.any(bool(stopped()))
             while self.state.step < steps and not stop:
                 line = self._step()
+                if self._went_back(line["loss"]):
+                    continue
                 progress.update(self.state.step, **{name: line[name] for name in SHOWN})
                 if self.evaluate and self._due(self.settings.evaluate_every, steps):
                     progress.tell(self.state.step, evaluation=self._evaluate(self.evaluate))
@@ -139,6 +140,7 @@ class Run:
             self.settings.keep,
         )
         self._saved = self.state.step
+        self._read = self._returns = 0
 
     def _step(self) -> dict[str, Any]:
         """One applied step, after passing over batches that are not finite; its metrics line."""
@@ -146,6 +148,7 @@ class Run:
         for _ in range(self.settings.max_skips):
             began = time.perf_counter()
             batches = [next(self.loader) for _ in range(accumulation)]
+            self._read += accumulation
             result = train_step(
                 self.trainee,
                 batches,
@@ -180,6 +183,40 @@ class Run:
             line["output_z_loss"] = result.square_log_z
         self.watchers.write(line)
         return line
+
+    def _went_back(self, loss: float) -> bool:
+        """Whether `loss`, of the last step, made the run go back; see spikes.py.
+
+        Raises:
+            UserError: it has gone back to the same checkpoint too often.
+        """
+        spike, before = self.settings.spike, self.state.losses
+        why = spike.describe(loss, before) if spike else None
+        if spike is None or why is None or self.checkpoint is None:
+            if spike:
+                self.state.losses = [*before, loss][-spike.window :]
+            return False
+        why = f"{why}, at step {self.state.step}"
+        if self._returns == spike.most:
+            raise UserError(
+                f"{self.out}: {why}, after {spike.most} returns to {self.checkpoint.name}; lower "
+                "optimizer.lr, or look at the data"
+            )
+        self._returns += 1
+        self._load(self.checkpoint)
+        for _ in range(self._read + spike.skip):
+            next(self.loader)
+        self._read += spike.skip
+        self._say(f"{why}: back to step {self.state.step}, {self._read} micro-batches left out")
+        said = {"step": self.state.step, "tokens": self.state.tokens, "rolled_back": why}
+        self.watchers.write(said)
+        return True
+
+    def _load(self, checkpoint: Path) -> None:
+        trainee = self.trainee
+        self.state, place = load_checkpoint(checkpoint, trainee.weights.masters, trainee.optimizer)
+        trainee.weights.publish()
+        self.loader.load_state_dict(place)
 
     def _pass_over(self, result: StepResult) -> None:
         self.state.skipped += 1

@@ -22,7 +22,6 @@ from qwen2.tokens.shards import Shards
 from qwen2.tokens.share_out import share_out
 from qwen2.tokens.weighted import WeightedLoader, by_kind, check_weights
 from qwen2.train.first_weights import FirstWeights, RandomWeights, StoredWeights
-from qwen2.train.loop import Evaluate
 from qwen2.train.phases import Phase, PhasedLoader, Stretch, cuts, lay_out
 from qwen2.train.stage import (
     StageRecipe,
@@ -117,7 +116,7 @@ class PretrainRecipe(StageRecipe):
         return replace(super()._first_stretch(), weights=self.weights)
 
 
-def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> StageResult:
+def pretrain(recipe: PretrainRecipe) -> StageResult:
     """Run or resume `recipe`; a finished run is left as it is. See stage.py for its folder.
 
     Raises:
@@ -133,7 +132,7 @@ def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> StageR
         claim(recipe)
         torch.manual_seed(recipe.seed)
         trainee = make_trainee(first, recipe, world)
-        return run_stage(recipe, trainee, loader, tokenizer, evaluate)
+        return run_stage(recipe, trainee, loader, tokenizer)
 
 
 def build_loader(

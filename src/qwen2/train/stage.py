@@ -36,7 +36,8 @@ from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import Shards
 from qwen2.train.first_weights import FirstWeights
 from qwen2.train.flops import measure_matmul_peak
-from qwen2.train.loop import METRICS, Evaluate, LoopSettings, Run
+from qwen2.train.held_out import HeldOut
+from qwen2.train.loop import METRICS, LoopSettings, Run
 from qwen2.train.mesh import Mesh
 from qwen2.train.optimizers import OptimizerConfig
 from qwen2.train.packed_loss import PackedLoss
@@ -52,7 +53,7 @@ from qwen2.train.world import World, open_world
 
 FREE = {
     "out", "threads", "device", "activation_checkpointing", "keep", "checkpoint_every",
-    "evaluate_every", "tensorboard", "profile", "mesh",
+    "evaluate_every", "held_out", "held_out_tokens", "tensorboard", "profile", "mesh",
 }  # fmt: skip
 """Keys that may change when a run resumes: none of them changes what is computed, but for the order
 of sums."""
@@ -73,6 +74,9 @@ class StageRecipe(LoopSettings):
     schedule: Schedule = Cosine()
     dtype: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Recompute = "none"
+    held_out: Path | None = None
+    """A folder of shards, whose bits per byte by kind are measured every `evaluate_every` steps."""
+    held_out_tokens: int = Field(default=100_000, gt=0)  # of each kind that are read for that
     mesh: Mesh = Mesh()  # how ranks share the work, see mesh.py
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)
@@ -154,7 +158,6 @@ def run_stage(
     trainee: Trainee,
     loader: PhasedLoader,
     tokenizer: Tokenizer,
-    evaluate: Evaluate | None = None,
 ) -> StageResult:
     """Run or resume `recipe`, whose `out` is claimed; export the model when it is finished.
 
@@ -168,6 +171,11 @@ def run_stage(
         reconfigure(trainee.model, config_of_phase(config, plan, number))
         return plan[number].accumulation
 
+    first, held_out = loader.plan[0], None
+    if recipe.held_out is not None:
+        shards = Shards(recipe.held_out)
+        tokens = recipe.held_out_tokens
+        held_out = HeldOut(shards, tokenizer, first.context, first.rows, tokens)
     run = Run(
         trainee,
         loader,
@@ -176,7 +184,7 @@ def run_stage(
         recipe.out,
         recipe.stage,
         measure_matmul_peak(parse_dtype(recipe.dtype), world.device),
-        evaluate,
+        None if held_out is None else held_out.bits_per_byte,
         enter,
     )
     finished = run.train(recipe.total_steps)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from qwen2.common.config import one_line
 from qwen2.common.errors import UserError
 from qwen2.common.runtime import pick_device
 from qwen2.model.config import ModelConfig
@@ -181,5 +182,17 @@ def open_world(
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield World(resolved, chosen)
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        raise UserError(
+            f"rank {place.rank}: another rank is gone, whose own message says why "
+            f"({one_line(error)}); the same command again goes on from the newest checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether it is of the connection to another rank; gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

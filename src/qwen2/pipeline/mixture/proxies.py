@@ -28,12 +28,11 @@ from qwen2.pipeline.mixture.data import SMALL_HELD_OUT, SMALL_TRAIN
 from qwen2.pipeline.mixture.recipe import ProxyConfig
 from qwen2.pipeline.stages import Stopped
 from qwen2.pipeline.workers import open_workers
-from qwen2.tokens.loader import PackedLoader, TokenSource
-from qwen2.tokens.packing import PackedBatch, Piece, pack
+from qwen2.tokens.held_out import held_out_batches
+from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.remap import END_OF_TEXT
 from qwen2.tokens.shards import Shards
 from qwen2.tokens.weighted import Subset, WeightedLoader, by_kind
-from qwen2.train.loss import IGNORE
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.precision import MasterWeights
@@ -135,29 +134,12 @@ class ProxyText:
         return {
             kind: sum(
                 PackedLoss(model)(batch, 1).item()
-                for batch in held_out_batches(source, context, EVALUATED_ROWS)
+                for batch in held_out_batches(source, END_OF_TEXT, context, EVALUATED_ROWS)
             )
             / math.log(2)
             / self._bytes[kind]
             for kind, source in by_kind(self.held_out).items()
         }
-
-
-def held_out_batches(source: TokenSource, context: int, rows: int) -> Iterator[PackedBatch]:
-    """Every document once, in pieces of at most `context`, about `rows` of these at a time."""
-    pieces = [
-        Piece(number, start, min(start + context, length))
-        for number, length in enumerate(source.lengths.tolist())
-        for start in range(0, length, context)
-    ]
-    while pieces:
-        size, count = 0, 0
-        while count < len(pieces) and size < rows * context:
-            size += pieces[count].stop - pieces[count].start
-            count += 1
-        batch, pieces = pack(pieces[:count], source.document), pieces[count:]
-        batch.targets[batch.targets == END_OF_TEXT] = IGNORE
-        yield batch
 
 
 def _path(out: Path, job: Job) -> Path:

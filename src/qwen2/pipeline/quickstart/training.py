@@ -22,19 +22,18 @@ import torch
 from qwen2.common.errors import UserError
 from qwen2.common.runtime import pick_device, training_dtype
 from qwen2.evaluate.positions import nats_by_method
-from qwen2.evaluate.score import score_by_kind
 from qwen2.model.hub import load_model
 from qwen2.model.upcycle import upcycle
 from qwen2.pipeline.long_context import LongDocuments, read_positions, run_long_context
-from qwen2.pipeline.quickstart.data import HELD_OUT_SHARDS, TRAIN_SHARDS, held_out
+from qwen2.pipeline.quickstart.data import HELD_OUT_SHARDS, TRAIN_SHARDS
 from qwen2.pipeline.quickstart.recipe import QuickRun
 from qwen2.pipeline.report import read_metrics, training_lines
 from qwen2.pipeline.stages import Stopped
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens import Shards
 from qwen2.tokens.loader import PackedLoader
+from qwen2.train.held_out import HeldOut
 from qwen2.train.long_context import LongContextRecipe
-from qwen2.train.loop import Evaluate
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.pretrain import PretrainRecipe, pretrain
@@ -61,7 +60,7 @@ def pretraining(run: QuickRun) -> dict[str, Any]:
         )
 
     chosen = _begun(out, PretrainRecipe) or _fill_time(run, "pretrain", recipe)
-    result = _finished(pretrain(chosen, _watch(run)))
+    result = _finished(pretrain(chosen))
     return _figures(run, result) | {
         "parameters": quick.model.num_parameters(),
         "step_tokens": chosen.plan[0].step_tokens,
@@ -81,7 +80,6 @@ def long_context(run: QuickRun) -> dict[str, Any]:
             context=quick.long_context,
             rows=max(1, quick.rows * quick.context // quick.long_context),
             long_tokens=quick.long_context,
-            held_out=held,
             held_out_documents=MEASURED_DOCUMENTS,
             **_common(run, out, steps, quick.further_lr),
         )
@@ -118,19 +116,20 @@ def mixture(run: QuickRun) -> dict[str, Any]:
             **_common(run, out, steps, quick.further_lr),
         )
 
-    watch = _watch(run)
     chosen = _begun(out, PretrainRecipe) or _fill_time(run, "mixture", recipe)
-    result = _finished(pretrain(chosen, watch))
+    result = _finished(pretrain(chosen))
     assert result.model is not None
     upcycled = load_model(start)
+    shards, coder = Shards(run.folder / HELD_OUT_SHARDS), Tokenizer.load(run.folder / "tokenizer")
+    held_out = HeldOut(shards, coder, quick.context, quick.rows, quick.watched_tokens)
     last = training_lines(read_metrics(result.metrics))[-1]
     return _figures(run, result) | {
         "parameters": upcycled.config.num_parameters(),
         "active_parameters": upcycled.config.num_active_parameters(),
         "bits_per_byte": {
-            "dense": watch(PackedLoss(load_model(dense))),
-            "upcycled": watch(PackedLoss(upcycled)),
-            "trained further": watch(PackedLoss(load_model(result.model))),
+            "dense": held_out.bits_per_byte(PackedLoss(load_model(dense))),
+            "upcycled": held_out.bits_per_byte(PackedLoss(upcycled)),
+            "trained further": held_out.bits_per_byte(PackedLoss(load_model(result.model))),
         },
         **{key: last[key] for key in ("expert_share", "expert_entropy", "dropped")},
     }
@@ -151,6 +150,8 @@ def _common(run: QuickRun, out: Path, steps: int, lr: float) -> dict[str, Any]:
         "checkpoint_every": max(1, steps // 5),
         "keep": 1,
         "evaluate_every": max(1, steps // 8),
+        "held_out": folder / HELD_OUT_SHARDS,
+        "held_out_tokens": run.recipe.watched_tokens,
     }
 
 
@@ -189,18 +190,6 @@ def _seconds_per_step(recipe: StageRecipe, timed: int = 5) -> float:
         train_step(learner, [next(loader)], 0.0, 1.0)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def _watch(run: QuickRun) -> Evaluate:
-    """Bits per byte by kind on a little held-out text."""
-    coder = Tokenizer.load(run.folder / "tokenizer")
-    texts = held_out(run, run.recipe.watched_kilobytes)
-
-    def evaluate(loss: PackedLoss) -> dict[str, Any]:
-        scores = score_by_kind(loss.model, coder, texts, run.recipe.context)
-        return {kind: score.bits_per_byte for kind, score in scores.items()}
-
-    return evaluate
 
 
 def _finished(result: StageResult) -> StageResult:
