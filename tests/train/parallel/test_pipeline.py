@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comparison import MOE, compare, new_batch, new_model, new_world, total_count
+from comparison import (
+    MOE,
+    compare,
+    new_batch,
+    new_model,
+    new_world,
+    total_count,
+    whole,
+)
+from torch import nn
 
 from qwen2.common.errors import UserError
 from qwen2.model.config import SlidingWindow
+from qwen2.train.checkpoints import RunState, load_checkpoint, save_checkpoint
+from qwen2.train.loop import LoopSettings
+from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.parallelise import parallelise
 
 RunInRanks = Callable[..., list[Any]]
@@ -87,3 +101,65 @@ def in_bf16() -> None:
 
 def test_stages_send_the_compute_dtype(in_ranks: RunInRanks) -> None:
     in_ranks(2, in_bf16)
+
+
+def trained(loss_of: PackedLoss) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+    """The weights here and their optimizer after a step of two micro-batches."""
+    masters = dict(loss_of.model.named_parameters())
+    # eps is so large that the rounding of gradients stays what it is.
+    optimizer = AdamWConfig(lr=0.01, eps=0.01).build(masters)
+    batches = [new_batch(number) for number in range(2)]
+    loss_of.backward(batches, total_count(batches))
+    optimizer.step()
+    return masters, optimizer
+
+
+def save(folder: Path) -> None:
+    """In a rank: two stages save what each of them has."""
+    world = new_world({"pp": 2}, THREE)
+    masters, optimizer = trained(parallelise(new_model(THREE), world, torch.float32))
+    assert ("model.layers.2.mlp.up_proj.weight" in masters) == (world.stage == 1)
+    save_checkpoint(folder, RunState(step=1), masters, optimizer, {}, LoopSettings(), keep=1)
+
+
+def load(folder: Path, sizes: dict[str, int] | None = None) -> None:
+    """In a rank, or without `sizes` in one process: what is read is what one process trains."""
+    model = new_model(THREE)
+    if sizes is not None:
+        parallelise(model, new_world(sizes, THREE), torch.float32)
+    masters = dict(model.named_parameters())
+    optimizer = AdamWConfig(lr=0.01).build(masters)
+    load_checkpoint(folder / "step-00000001", masters, optimizer)
+    expected, reference = trained(PackedLoss(new_model(THREE)))
+    for name, master in masters.items():
+        torch.testing.assert_close(whole(master), whole(expected[name]), atol=1e-5, rtol=1e-5)
+        state = optimizer.state[master]
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in reference.state[expected[name]].items():
+            torch.testing.assert_close(whole(state[key]), value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_of_stages_is_read_by_any_number_of_them(
+    in_ranks: RunInRanks, tmp_path: Path
+) -> None:
+    in_ranks(2, save, tmp_path)
+    load(tmp_path)
+    for sizes in ({"pp": 2}, {"dp_shard": 2}):
+        in_ranks(2, load, tmp_path, sizes)
+
+
+def load_another(folder: Path) -> None:
+    """In a rank: a model with a layer more is refused by both stages, though one has it all."""
+    changes = {"num_hidden_layers": 4}
+    model = new_model(changes)
+    parallelise(model, new_world({"pp": 2}, changes), torch.float32)
+    masters = dict(model.named_parameters())
+    with pytest.raises(UserError, match=r"layers.3.* is only in the model"):
+        load_checkpoint(folder / "step-00000001", masters, AdamWConfig(lr=0.01).build(masters))
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_all_stages(
+    in_ranks: RunInRanks, tmp_path: Path
+) -> None:
+    in_ranks(2, save, tmp_path)
+    in_ranks(2, load_another, tmp_path)
