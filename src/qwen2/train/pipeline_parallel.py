@@ -85,6 +85,7 @@ class PipelineLoss(PackedLoss):
             UserError: there are fewer micro-batches than stages.
         """
         self.world.mesh.check_micro_batches(len(batches))
+        assert count, "all stages but the last would wait for its gradients"
         step = _Step(self, batches, count, routers, z)
         between = step.between()
         stage = PipelineStage(

@@ -55,7 +55,7 @@ def test_two_stages_compute_what_one_process_does(
     ("sizes", "changes", "recompute"),
     [
         pytest.param({"pp": 4}, {"num_hidden_layers": 5}, "none", id="pp 4"),
-        pytest.param({"pp": 4}, {"num_hidden_layers": 5, **MOE}, "full", id="pp 4, mixture"),
+        pytest.param({"pp": 4}, {"num_hidden_layers": 5, **MOE}, "selective", id="pp 4, mixture"),
         pytest.param({"pp": 2}, THREE, "full", id="pp 2, fsdp 2"),
         pytest.param({"pp": 2}, {**THREE, **MOE}, "full", id="pp 2, fsdp 2, mixture"),
         pytest.param({"pp": 2, "ep": 2}, {**THREE, **MOE}, "none", id="pp 2, ep 2"),
