@@ -107,6 +107,14 @@ def test_products_in_bf16_and_sums_in_fp32(
     in_ranks(2, in_bf16, sizes, changes)
 
 
+@pytest.mark.parametrize("how", ["selective", "full"])
+@pytest.mark.parametrize("sizes", [{}, {"ep": 2}], ids=["fsdp 2", "ep 2"])
+def test_activations_of_a_mixture_are_computed_again(
+    in_ranks: RunInRanks, sizes: dict[str, int], how: str
+) -> None:
+    in_ranks(2, compare, sizes, MOE, 2, how)
+
+
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"cp": 2}], ids=["tp 2", "cp 2"])
 def test_gradients_of_micro_batches_add_up(in_ranks: RunInRanks, sizes: dict[str, int]) -> None:
     in_ranks(2, compare, sizes, {}, 2)
