@@ -13,8 +13,9 @@ stage computes the loss of all, and the gradients of the sums come back with tho
 states. Counts of pairs travel as fp32, which is exact up to 2^24 of an expert in a micro-batch of a
 rank.
 
-Difference to what plan_memory.py takes for granted: torch receives each of a step's micro-batches
-into memory of its own, all of which stands from the first to the last.
+Difference to what plan_memory.py takes for granted: torch receives each of the M
+micro-batches of a step into memory of its own, M·n·C numbers from the stage before and as many from
+the one after, all of which stands from the beginning of the step to its end.
 """
 
 from __future__ import annotations
@@ -118,7 +119,6 @@ class PipelineLoss(PackedLoss):
         last one to the loss.
         """
         own, attention = self._own_part(batch)
-        alone = not torch.is_grad_enabled()
         decoder = self.model.model
         if self.world.is_first_stage:
             x = decoder.embed_tokens(own.tokens)
@@ -127,7 +127,7 @@ class PipelineLoss(PackedLoss):
         x = decoder.run_layers(x, own.positions, attention, routing)
         if self.world.is_last_stage:
             return self._cross_entropy(decoder.norm(x), own.targets, count, routing, z)
-        if alone:
+        if not torch.is_grad_enabled():
             dist.send(x.contiguous(), group=self.group, group_dst=self.world.stage + 1)
             return x.new_zeros((), dtype=torch.promote_types(self.dtype, torch.float32))
         return x
@@ -170,8 +170,10 @@ class _Step:
     def run(
         self, number: int, received: Tensor | None = None, routed: Tensor | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """What the next stage is sent of micro-batch `number`; of the last stage, what is to go
-        down. The first stage receives nothing."""
+        """What the next stage is sent of micro-batch `number`; in the last one, the loss to lower.
+
+        received: hidden states of the stage before, and `routed`, see `_pack`; None in the first.
+        """
         batch, routing = self.batches[number], None
         if self.routers:
             routing = Routing(self.routers.moe, self.loss.world.device)
