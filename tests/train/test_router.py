@@ -20,6 +20,7 @@ from qwen2.train.loss import IGNORE
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.router import RouterLosses
 from qwen2.train.step import Trainee, train_step
+from qwen2.train.world import World
 
 NewTrainee = Callable[..., Trainee]
 NewLoader = Callable[..., PackedLoader]
@@ -113,7 +114,7 @@ def test_figures_of_micro_batches_by_hand() -> None:
         added.append(losses.add(routing, tokens).item())
     # 2·(1·3/4) = 1.5 and 2·(4/9 + 5/9)/2 = 1; z is 4 in both
     assert added == pytest.approx([0.25 * (0.15 + 0.04), 0.75 * (0.1 + 0.04)])
-    figures = losses.figures()
+    figures = losses.figures(World.alone(CPU))
     assert figures["balance_loss"] == pytest.approx(0.25 * 1.5 + 0.75)
     assert figures["router_z_loss"] == pytest.approx(4.0)
     assert figures["expert_share"] == pytest.approx([7 / 12, 5 / 12], abs=1e-6)

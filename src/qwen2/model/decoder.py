@@ -83,10 +83,20 @@ class Decoder(nn.Module):
         A mixture's layers add what their routers did to `routing`, where it is given.
         """
         x = self.embed_tokens(tokens).to(self.norm.weight.dtype)  # (N, C)
+        return self.norm(self.run_layers(x, positions, attention, routing))
+
+    def run_layers(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention: AttentionContext,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """x (N, C), as it enters the first of the layers -> as it leaves the last."""
         rotary = attention.rotary(self.rope, positions, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, attention, routing)
-        return self.norm(x)
+        return x
 
 
 class Qwen2(nn.Module):
@@ -143,7 +153,7 @@ class Qwen2(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.model.embed_tokens.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -44,7 +44,7 @@ from qwen2.common.errors import UserError
 from qwen2.common.files import remove_leftovers, verify_folder
 from qwen2.common.progress import say
 from qwen2.model.hf_folder import plain_io_errors
-from qwen2.train.ranks import from_first, own_rank, shared_folder
+from qwen2.train.ranks import from_first, gather, own_rank, shared_folder
 
 FILE_BYTES = 1 << 28
 """Of tensors in a file of weights or optimizer state: it stands in memory once more meanwhile."""
@@ -155,7 +155,7 @@ def load_checkpoint(
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a training checkpoint: {one_line(error)}") from None
     _check(path, weights, masters)
-    state_of = _new_state(path, moments, masters)
+    state_of = _new_state(path, moments, weights, masters)
     with torch.no_grad():
         _read_tensors(path / "weights", {n: p.detach() for n, p in masters.items()})
         _read_tensors(path / "optimizer", _by_key(masters, state_of))
@@ -172,10 +172,12 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     if not tensors:  # an optimizer before its first step
         return
     number, size, file_of = 1, 0, {}
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > FILE_BYTES:
+    # Of all ranks: torch takes the first one's files for all, but in a pipeline tensors differ.
+    every = gather({name: tensor.nbytes for name, tensor in tensors.items()})
+    for name, bytes_ in {name: b for own in every for name, b in own.items()}.items():
+        if size and size + bytes_ > FILE_BYTES:
             number, size = number + 1, 0
-        file_of[name], size = number, size + tensor.nbytes
+        file_of[name], size = number, size + bytes_
     writer = HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
     with _its_own_errors():
         save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
@@ -200,8 +202,9 @@ def _sizes(folder: Path) -> dict[str, torch.Size]:
 def _check(
     path: Path, weights: Mapping[str, torch.Size], masters: Mapping[str, nn.Parameter]
 ) -> None:
-    if weights.keys() != masters.keys():
-        name = min(weights.keys() ^ masters.keys())
+    names = {name for own in gather(list(masters)) for name in own}
+    if weights.keys() != names:
+        name = min(weights.keys() ^ names)
         raise UserError(f"{path}: {name} is only in {'it' if name in weights else 'the model'}")
     for name, master in masters.items():
         if weights[name] != master.shape:
@@ -229,14 +232,19 @@ def _by_key(
 
 
 def _new_state(
-    path: Path, sizes: Mapping[str, torch.Size], masters: Mapping[str, nn.Parameter]
+    path: Path,
+    sizes: Mapping[str, torch.Size],
+    weights: Mapping[str, torch.Size],
+    masters: Mapping[str, nn.Parameter],
 ) -> dict[str, dict[str, Tensor]]:
-    """Room for the optimizer's state: by parameter and key."""
+    """Room for the optimizer's state of this rank's weights: by parameter and key."""
     state: dict[str, dict[str, Tensor]] = {}
     for full, size in sizes.items():
         key, _, name = full.partition(".")
-        if name not in masters:
+        if name not in weights:
             raise UserError(f"{path}: optimizer state of {name!r}, which the model has not")
+        if name not in masters:  # of another stage
+            continue
         master = masters[name].detach()
         # What has the weight's shape is laid out as it is; a step counter is every rank's own.
         room = torch.zeros_like(master) if size == master.shape else master.new_zeros(size)

@@ -34,17 +34,18 @@ BLOCK_BYTES = 1 << 28  # of logits at the same time; small blocks add up many we
 CHUNK_BYTES = 1 << 23  # of them in fp32: small enough to stay in the cache between passes
 
 
-@dataclass
 class OutputZ:
     """The z-loss of the head: its coefficient ζ, and the parts of the losses that it went into.
 
-    Both are sums over targets, divided by the `count` of the losses, as those are.
+    Both are sums over targets, divided by the `count` of the losses, as those are. It is no
+    dataclass: FSDP hands a module copies of those.
     """
 
-    coefficient: float
-    cross_entropy: float = 0.0
-    square_log_z: float = 0.0
-    """Without the coefficient."""
+    def __init__(self, coefficient: float) -> None:
+        self.coefficient = coefficient
+        self.cross_entropy = 0.0
+        self.square_log_z = 0.0
+        """Without the coefficient."""
 
 
 @dataclass(frozen=True)

@@ -70,18 +70,37 @@ class PackedLoss(nn.Module):
         added, see loss.py; its parts are of this rank's tokens. All ranks that share
         tokens are given the same batch, of N tokens, which cp divides; `count` is over all ranks.
         """
-        model, device, world = self.model, self.model.device, self.world
-        tokens, targets = batch.tokens, batch.targets
-        attention: AttentionContext = model.packed(batch.lengths)
-        if world.mesh.cp > 1:
-            group = world.views["rows"].get_group("cp")
+        own, attention = self._own_part(batch)
+        hidden = self.model.model(own.tokens, own.positions, attention, routing)
+        return self._cross_entropy(hidden, own.targets, count, routing, z)
+
+    def _own_part(self, batch: PackedBatch) -> tuple[PackedBatch, AttentionContext]:
+        """This rank's tokens and targets of a batch, on its device, and how they attend.
+
+        Positions and lengths are of all, for attention is.
+        """
+        device, tokens, targets = self.model.device, batch.tokens, batch.targets
+        attention: AttentionContext = self.model.packed(batch.lengths)
+        if self.world.mesh.cp > 1:
+            group = self.world.views["rows"].get_group("cp")
             tokens, targets = (x.chunk(group.size())[group.rank()] for x in (tokens, targets))
             attention = Ulysses(attention, group)
-        hidden = model.model(tokens.to(device), batch.positions.to(device), attention, routing)
+        tokens, targets, positions = (x.to(device) for x in (tokens, targets, batch.positions))
+        return PackedBatch(tokens, targets, positions, batch.lengths), attention
+
+    def _cross_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        count: int | None,
+        routing: Routing | None,
+        z: OutputZ | None,
+    ) -> Tensor:
+        """The loss of what leaves the final norm; `routing` is of all layers then."""
+        world, weight, share = self.world, self.model.lm_head.weight, None
         if routing:
             share_counts(routing, world)
-        weight, share = model.lm_head.weight, None
         if world.mesh.tp > 1:
             hidden = gather_tokens(hidden, world.views["dense"]["tp"])
             weight, share = vocabulary_share(weight)
-        return chunked_cross_entropy(hidden, weight, targets.to(device), count, z=z, share=share)
+        return chunked_cross_entropy(hidden, weight, targets, count, z=z, share=share)

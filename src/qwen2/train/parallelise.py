@@ -1,12 +1,13 @@
 """A training step over many ranks: how a model and its loss are divided among them.
 
-Matrices are divided over tp (tensor_parallel.py), routed experts over ep (expert_parallel.py),
-tokens over cp (ulysses.py). What is left of the weights is sharded by FSDP2 (`fully_shard`; ZeRO
-stage 3, Rajbhandari et al. 2020) over the ranks of dp_shard and cp, gathered in the compute dtype
-when it is used, and replicated over dp_replicate (HSDP). Each layer is a unit of its own, and so
-are its routed experts, whose ranks are others: those of tp too, which have tokens of their own. The
-embedding, the final norm and the head are the root's. Gradients are summed in fp32, not averaged:
-the loss is divided by the number of the targets of all ranks already.
+Layers are divided over pp (pipeline_parallel.py), matrices over tp (tensor_parallel.py), routed
+experts over ep (expert_parallel.py), tokens over cp (ulysses.py). What is left of the weights is
+sharded by FSDP2 (`fully_shard`; ZeRO stage 3, Rajbhandari et al. 2020) over the ranks of dp_shard
+and cp, gathered in the compute dtype when it is used, and replicated over dp_replicate (HSDP). Each
+layer is a unit of its own, and so are its routed experts, whose ranks are others: those of tp too,
+which have tokens of their own. The embedding, the final norm and the head are the root's. Gradients
+are summed in fp32, not averaged: the loss is divided by the number of the targets of all ranks
+already.
 
 The model knows nothing of it, and its parameters keep their names; their values are DTensors.
 """
@@ -20,11 +21,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
-from qwen2.common.errors import UserError
 from qwen2.model.decoder import Qwen2
 from qwen2.model.moe import Experts
 from qwen2.train.expert_parallel import divide_experts
 from qwen2.train.packed_loss import PackedLoss
+from qwen2.train.pipeline_parallel import PipelineLoss, keep_stage
 from qwen2.train.tensor_parallel import divide_matrices
 from qwen2.train.world import World
 
@@ -43,22 +44,17 @@ def parallelise(
     Returns:
         What gives the loss of a batch: each rank that of its share, which add up over
         `world.sum(..., "data")`. Their gradients are those of the sum on all ranks.
-
-    Raises:
-        UserError: the mesh has pipeline stages, which cannot be had yet.
     """
-    if world.mesh.pp > 1:
-        raise UserError(
-            f"mesh: pp {world.mesh.pp}: layers are not divided into stages; leave pp out"
-        )
     if not world.views:
         return PackedLoss(model)
     if world.mesh.tp > 1:
         divide_matrices(model, world.views["dense"]["tp"])
+    if world.mesh.pp > 1:
+        keep_stage(model, world)
     if world.mesh.ep > 1:
         for experts in _experts(model):
             divide_experts(experts, world.views["sparse"]["ep"])
-    loss = PackedLoss(model, world)
+    loss = PipelineLoss(model, world, dtype) if world.mesh.pp > 1 else PackedLoss(model, world)
     _shard(loss, world, dtype, reshard_after_forward)
     return loss
 

@@ -20,6 +20,15 @@ def own_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def gather(value: T) -> list[T]:
+    """The `value` of each rank, on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
+
+
 def from_first(decide: Callable[[], T]) -> T:
     """What the first rank decides, on all of them.
 

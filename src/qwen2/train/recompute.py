@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -37,6 +38,12 @@ KEPT = {
 }
 """Operators whose results `selective` keeps."""
 
+MARKS = {
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+}
+"""What FSDP tells a profiler where it gathers routed experts, in the middle of a layer."""
+
 
 def recompute_activations(model: Qwen2, how: Recompute) -> None:
     """Let the layers of `model` compute activations again in the backward pass; in place."""
@@ -44,6 +51,8 @@ def recompute_activations(model: Qwen2, how: Recompute) -> None:
         return
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if how == "selective":
+        # torch counts operators, and FSDP has other work when a layer is computed again.
+        SAC_IGNORED_OPS.update(MARKS)
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for layer in model.model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, **settings)

@@ -39,13 +39,16 @@ class RouterLosses:
     def figures(self, world: World) -> dict[str, Any]:
         """Keys of the metrics line, over all layers, micro-batches and ranks."""
         parts = torch.tensor([self.balance, self.z], dtype=torch.float64)
-        balance, z = world.sum(parts, "stage").tolist()
+        balance, z = world.sum(parts, "world").tolist()
+        # All ranks of a stage have counted the same; of a pipeline's, the last one.
+        counted = world.sum(torch.cat((self.counts, torch.tensor([self.dropped]))), "pp").cpu()
+        counts, dropped = counted[:-1], int(counted[-1])
         return {
             "balance_loss": balance,
             "router_z_loss": z,
-            "expert_share": [round(share, 6) for share in expert_share(self.counts).tolist()],
-            "expert_entropy": expert_entropy(self.counts),
-            "dropped": self.dropped,
+            "expert_share": [round(share, 6) for share in expert_share(counts).tolist()],
+            "expert_entropy": expert_entropy(counts),
+            "dropped": dropped,
         }
 
 
@@ -53,7 +56,8 @@ def share_counts(routing: Routing, world: World) -> None:
     """Count in `routing`, of one pass, what the routers of all ranks did, each with its own tokens.
 
     The shares f_e of the balance loss are then those of all tokens. Sums with gradients stay this
-    rank's: its losses are its parts of those of all tokens, and add up over `stage`.
+    rank's: its losses are its parts of those of all tokens, and add up over `stage`. In a pipeline
+    the last stage calls this, whose `routing` is of the layers of all (pipeline_parallel.py).
     """
     ranks = world.mesh.world_size // world.mesh.pp  # all with as many tokens
     routing.counts = world.sum(routing.counts, "stage")

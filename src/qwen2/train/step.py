@@ -89,7 +89,7 @@ def train_step(
     parts = [float(part), *((z.cross_entropy, z.square_log_z) if z else ())]
     loss, *of_z = world.sum(torch.tensor(parts, dtype=torch.float64), "data").tolist()
     masters = list(weights.masters.values())
-    norm = total_norm([master.grad for master in masters if master.grad is not None])
+    norm = total_norm([master.grad for master in masters if master.grad is not None], world)
     grad_norm = norm.item()
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:

@@ -8,8 +8,9 @@ All meshes are views of one line of ranks, cut up as the recipe's mesh says (mes
     rows      pp, dp, cp, tp                    who reads which rows, and which tokens of them
     dense     pp, dp_replicate, fsdp, tp        who keeps which part of the weights
     sparse    pp, dp_replicate, efsdp, ep       the same of routed experts; efsdp x ep = fsdp x tp
-    data      pp, data, tp                      data: ranks whose losses add up, dp x cp
+    data      data, tp                          data: ranks whose losses add up, pp x dp x cp
     stage     pp, stage                         all ranks of a pipeline stage
+    world     world                             all ranks
 """
 
 from __future__ import annotations
@@ -94,10 +95,11 @@ class World:
                 "efsdp": mesh.fsdp * tp // mesh.ep,
                 "ep": mesh.ep,
             },
-            "data": {"pp": pp, "data": mesh.dp * mesh.cp, "tp": tp},
+            "data": {"data": mesh.world_size // tp, "tp": tp},
             "stage": {"pp": pp, "stage": mesh.world_size // pp},
         }.items():
             self.views[name] = line._unflatten(0, tuple(sizes.values()), tuple(sizes))
+        self.views["world"] = line
         # Sums over both dimensions of a weight are then one collective.
         self.views["dense"]["fsdp", "tp"]._flatten("weights")
         self.views["sparse"]["efsdp", "ep"]._flatten("experts")
@@ -119,16 +121,33 @@ class World:
         """Which of the `mesh.dp` shares of the rows this rank reads; the loader's rank."""
         return self.views["rows"].get_local_rank("dp") if self.views else 0
 
-    def sum(self, value: Tensor, over: Literal["dp", "data", "stage"]) -> Tensor:
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank's pipeline stage has the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's pipeline stage has the head, and so the loss."""
+        return self.stage == self.mesh.pp - 1
+
+    @property
+    def stage(self) -> int:
+        """The number of this rank's pipeline stage."""
+        return self.views["rows"].get_local_rank("pp") if self.views else 0
+
+    def sum(self, value: Tensor, over: Literal["dp", "data", "stage", "pp", "world"]) -> Tensor:
         """`value`, without its gradient, summed over ranks.
 
         over: `dp`, for what is counted in the rows that a rank reads; `data`, for what it computes
-            of its tokens, the same on all ranks of tp (the loss); `stage`, for what each rank
-            computes of tokens that no other has (what a router did).
+            of its tokens, the same on all ranks of tp (the loss, which pipeline stages but the
+            last have nothing of); `stage`, for what each rank of a stage computes of tokens that no
+            other of it has (what a router did); `pp`, for what stages add up to (a squared norm);
+            `world`, for what each rank has a part of.
         """
         total = value.detach().to(self.device, copy=True)
         if self.views:
-            view = "rows" if over == "dp" else over
+            view = "rows" if over in ("dp", "pp") else over
             dist.all_reduce(total, group=self.views[view].get_group(over))
         return total
 

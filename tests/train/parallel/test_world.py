@@ -69,6 +69,9 @@ def test_one_process_of_torchrun_has_a_group_that_ends(
     assert not dist.is_initialized()
 
 
+OVER = ("dp", "data", "stage", "pp", "world")
+
+
 def sums(sizes: dict[str, int]) -> tuple[int, bool, list[int]]:
     """The rank of the rows, who speaks, and the sums of 1, 10, 100, 1000 by rank."""
     world = World(Mesh(**sizes), torch.device("cpu"))
@@ -76,7 +79,7 @@ def sums(sizes: dict[str, int]) -> tuple[int, bool, list[int]]:
     return (
         world.dp_rank,
         world.is_first,
-        [int(world.sum(mine, over)) for over in ("dp", "data", "stage")],  # type: ignore[arg-type]
+        [int(world.sum(mine, over)) for over in OVER],  # type: ignore[arg-type]
     )
 
 
@@ -87,20 +90,30 @@ def sums(sizes: dict[str, int]) -> tuple[int, bool, list[int]]:
         (
             {"dp_shard": 2, "cp": 2},
             [
-                (0, True, [101, 1111, 1111]),
-                (0, False, [1010, 1111, 1111]),
-                (1, False, [101, 1111, 1111]),
-                (1, False, [1010, 1111, 1111]),
+                (0, True, [101, 1111, 1111, 1, 1111]),
+                (0, False, [1010, 1111, 1111, 10, 1111]),
+                (1, False, [101, 1111, 1111, 100, 1111]),
+                (1, False, [1010, 1111, 1111, 1000, 1111]),
             ],
         ),
         # rank = 2 dp + tp
         (
             {"dp_shard": 1, "dp_replicate": 2, "tp": 2},
             [
-                (0, True, [101, 101, 1111]),
-                (0, False, [1010, 1010, 1111]),
-                (1, False, [101, 101, 1111]),
-                (1, False, [1010, 1010, 1111]),
+                (0, True, [101, 101, 1111, 1, 1111]),
+                (0, False, [1010, 1010, 1111, 10, 1111]),
+                (1, False, [101, 101, 1111, 100, 1111]),
+                (1, False, [1010, 1010, 1111, 1000, 1111]),
+            ],
+        ),
+        # rank = 2 pp + tp
+        (
+            {"pp": 2, "dp_shard": 1, "tp": 2},
+            [
+                (0, True, [1, 101, 11, 101, 1111]),
+                (0, False, [10, 1010, 11, 1010, 1111]),
+                (0, False, [100, 101, 1100, 101, 1111]),
+                (0, False, [1000, 1010, 1100, 1010, 1111]),
             ],
         ),
     ],
