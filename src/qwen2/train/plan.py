@@ -1,4 +1,4 @@
-"""What a pre-training run would need and take on a cluster, before anything is started.
+"""What a run would need and take on a cluster, before anything is started.
 
     Work (plan_memory.py)       the model, its mesh, the rows of a micro-batch
     Cluster (plan_time.py)      devices, their memory and speed, the links between them
@@ -14,9 +14,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
-from qwen2.model.hub import load_config
+from qwen2.train.asked import read_asked
 from qwen2.train.mesh import Mesh
 from qwen2.train.plan_memory import (
     RECOMPUTE,
@@ -28,7 +27,6 @@ from qwen2.train.plan_memory import (
     stages_that_differ,
 )
 from qwen2.train.plan_time import Cluster, StepTime, bubble_share, step_time, traffic
-from qwen2.train.pretrain import PretrainRecipe
 from qwen2.train.recompute import Recompute
 
 HEADROOM, CPU_HEADROOM = 0.1, 0.2
@@ -50,6 +48,7 @@ class Job:
     dtype: Literal["bf16", "fp32"]
     on_cpu: bool
     mesh: Mesh | None  # as the recipe has it; None: it says nothing
+    recompute: tuple[Recompute, ...]  # the recipe's way, or all of them where it names none
 
     @property
     def headroom(self) -> float:
@@ -113,33 +112,24 @@ class Plan:
 
 
 def read_job(values: dict[str, Any], where: str) -> Job:
-    """The job of a pre-training recipe's values; `where` names it.
+    """The job of a recipe's values; `where` names it.
 
     Raises:
-        UserError: the recipe is wrong, or the model that it goes on from is not there yet.
+        UserError: see `read_asked`.
     """
-    values = dict(values)
-    given = values.pop("mesh", None)
-    recipe = PretrainRecipe.parse(values, where)
-    model = recipe.model
-    if model is None:
-        assert recipe.init is not None
-        try:
-            model = load_config(recipe.init)
-        except UserError as error:
-            raise UserError(
-                f"{error}; to plan before it is there, give its shape in its place, such as "
-                "init=null model.published=57b-a14b"
-            ) from None
+    asked = read_asked(values, where)
+    recipe = asked.recipe
+    given = "activation_checkpointing" in recipe.model_fields_set
     return Job(
-        model,
+        asked.model,
         recipe.context,
-        recipe.rows * recipe.accumulation,
+        asked.step_rows,
         recipe.rows,
         recipe.total_tokens,
         recipe.dtype,
         recipe.device == "cpu",
-        None if given is None else Mesh.parse(given, f"{where}: mesh"),
+        asked.mesh,
+        (recipe.activation_checkpointing,) if given else RECOMPUTE,
     )
 
 

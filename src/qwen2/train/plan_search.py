@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
+from qwen2.train.asked import check_rows
 from qwen2.train.mesh import ORDER, Mesh
 from qwen2.train.plan import Job, Plan, make_plan
 from qwen2.train.plan_memory import RECOMPUTE
@@ -46,14 +47,10 @@ def own_plan(job: Job, cluster: Cluster) -> Plan:
     """
     assert job.mesh
     mesh = job.mesh.resolve(cluster.devices, job.model, job.context)
-    if job.step_rows % mesh.dp:
-        raise UserError(
-            f"mesh: its {mesh.dp} ranks with rows of their own cannot share the {job.step_rows} "
-            "rows of a step (rows x accumulation); choose a divisor, or another accumulation"
-        )
+    check_rows(mesh, job.step_rows)
     each = job.step_rows // mesh.dp
     rows = job.rows if each % job.rows == 0 else max(r for r in divisors(each) if r <= job.rows)
-    for recompute in RECOMPUTE:
+    for recompute in job.recompute:
         plan = make_plan(job, cluster, mesh, rows, recompute)
         if plan.fits:
             break
@@ -93,7 +90,7 @@ def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
     """
     fitting = []
     for rows in divisors(job.step_rows // mesh.dp):
-        plans = (make_plan(job, cluster, mesh, rows, recompute) for recompute in RECOMPUTE)
+        plans = (make_plan(job, cluster, mesh, rows, recompute) for recompute in job.recompute)
         plan = next((plan for plan in plans if plan.fits), None)
         if plan is None:
             break  # more rows need more
@@ -103,7 +100,7 @@ def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
 
 def _least(job: Job, cluster: Cluster, mesh: Mesh) -> Plan:
     """The plan of a mesh that needs least memory, or nearly."""
-    return make_plan(job, cluster, mesh, 1, "full")
+    return make_plan(job, cluster, mesh, 1, job.recompute[-1])
 
 
 def _merit(plan: Plan) -> tuple[float, ...]:
@@ -123,6 +120,7 @@ def _why_not(job: Job, cluster: Cluster) -> str:
             f"no mesh of {cluster.devices} devices divides the model and the {job.step_rows} rows "
             "of a step (rows x accumulation); choose a number of devices with more factors of two"
         )
+    amount = {"none": "no"}.get(nearest.work.recompute, nearest.work.recompute)
     need = nearest.memory.total / (1 - job.headroom)
     helps = [f"devices of {need / 1e9:,.0f} GB"]
     more = cluster.devices * 2
@@ -136,7 +134,8 @@ def _why_not(job: Job, cluster: Cluster) -> str:
         more *= 2
     return (
         f"nothing fits {cluster.devices} x {cluster.memory / 1e9:,.0f} GB: the nearest mesh, "
-        f"{describe(nearest.work.mesh)} with full recomputation and one row a micro-batch, needs "
+        f"{describe(nearest.work.mesh)} with {amount} recomputation and one row a "
+        "micro-batch, needs "
         f"{nearest.memory.total / 1e9:,.1f} GB and {job.headroom:.0%} to spare; "
         f"{' or '.join(helps)} would do"
     )
