@@ -11,10 +11,10 @@ from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
 from qwen2.model.config import PUBLISHED
 from qwen2.train.mesh import Mesh
-from qwen2.train.plan import Job, read_job
-from qwen2.train.plan_memory import Work
+from qwen2.train.plan import Job, make_plan, read_job
+from qwen2.train.plan_memory import RECOMPUTE, Work
 from qwen2.train.plan_parameters import layer_parameters, root_parameters
-from qwen2.train.plan_search import best_plans, describe, divisors, meshes
+from qwen2.train.plan_search import best_plans, describe, divisors, merit, meshes
 from qwen2.train.plan_time import (
     Cluster,
     bubble_share,
@@ -129,7 +129,7 @@ def test_activations_are_computed_again_as_the_recipe_says() -> None:
     assert bound[0].tokens_per_second < free[0].tokens_per_second
     # What a recipe says out loud holds, even where it is the default and does not fit.
     with pytest.raises(UserError, match=r"with no recomputation .* needs"):
-        best_plans(job("72b", "activation_checkpointing=none"), Cluster(32, 80e9))
+        best_plans(job("72b", "activation_checkpointing=none"), Cluster(16, 80e9))
 
 
 def test_the_long_context_stage_is_planned_with_the_shape_that_is_to_come() -> None:
@@ -149,7 +149,35 @@ def test_all_meshes_are_found() -> None:
         "dp_shard 4", "dp_replicate 2 x dp_shard 2", "dp_replicate 4", "dp_shard 2 x cp 2",
         "dp_replicate 2 x cp 2", "dp_shard 2 x tp 2", "dp_replicate 2 x tp 2",
     }  # fmt: skip
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(12) == (1, 2, 3, 4, 6, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "gigabytes", "overrides"),
+    [
+        ("7b", 32, 80, []),
+        ("7b", 24, 30, ["accumulation=6"]),
+        ("57b-a14b", 64, 80, [*GIVEN, "accumulation=32"]),
+        ("72b", 256, 80, ["accumulation=64"]),
+        ("72b", 128, 30, ["accumulation=64"]),
+    ],
+)
+def test_the_search_finds_what_trying_everything_finds(
+    name: str, devices: int, gigabytes: int, overrides: list[str]
+) -> None:
+    asked, cluster = job(name, *overrides), Cluster(devices, gigabytes * 1e9)
+    best = []
+    for mesh in meshes(asked, devices):
+        plans = [
+            make_plan(asked, cluster, mesh, rows, recompute)
+            for rows in divisors(asked.step_rows // mesh.dp)
+            for recompute in RECOMPUTE
+        ]
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            best.append(min(fitting, key=merit))
+    found = best_plans(asked, cluster)
+    assert [plan.work for plan in found] == [plan.work for plan in sorted(best, key=merit)[:5]]
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,10 @@ def read_job(values: dict[str, Any], where: str) -> Job:
     )
 
 
-def make_plan(job: Job, cluster: Cluster, mesh: Mesh, rows: int, recompute: Recompute) -> Plan:
-    """The plan of a job with a resolved mesh, so many rows in a micro-batch."""
+def make_work(job: Job, mesh: Mesh, rows: int, recompute: Recompute) -> Work:
+    """A step of a job on a resolved mesh, so many rows in a micro-batch."""
     assert job.step_rows % (mesh.dp * rows) == 0
-    work = Work(
+    return Work(
         job.model,
         mesh,
         job.context,
@@ -146,6 +146,11 @@ def make_plan(job: Job, cluster: Cluster, mesh: Mesh, rows: int, recompute: Reco
         recompute,
         fused_norm=not job.on_cpu,
     )
+
+
+def make_plan(job: Job, cluster: Cluster, mesh: Mesh, rows: int, recompute: Recompute) -> Plan:
+    """The plan of that step: of the pipeline stage that needs most memory."""
+    work = make_work(job, mesh, rows, recompute)
     peaks = {stage: peak(work, stage) for stage in stages_that_differ(work)}
     fullest = max(peaks, key=lambda stage: peaks[stage].total)
     return Plan(job, work, cluster, fullest, peaks[fullest])

@@ -9,9 +9,8 @@ counted. Held against the sharded model itself by tests (dry_run.py).
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from qwen2.model.config import ModelConfig
@@ -72,78 +71,71 @@ class Stack:
         return share(own, ranks) * self.rows * self.width
 
 
+@dataclass(frozen=True)
 class Parameters:
     """Some weights, each so and so often."""
 
-    def __init__(self, *weights: Weight | Stack) -> None:
-        self.counts = Counter(weights)
+    counts: tuple[tuple[Weight | Stack, int], ...]
 
     def __add__(self, other: Parameters) -> Parameters:
-        both = Parameters()
-        both.counts = self.counts + other.counts
-        return both
+        return Parameters(self.counts + other.counts)
 
     def __mul__(self, times: int) -> Parameters:
-        product = Parameters()
-        product.counts = Counter({weight: times * n for weight, n in self.counts.items()})
-        return product
+        return Parameters(tuple((weight, times * n) for weight, n in self.counts))
 
     @property
     def total(self) -> int:
         """All of them."""
-        return sum(n * weight.total for weight, n in self.counts.items())
+        return sum(n * weight.total for weight, n in self.counts)
 
     def gathered(self, mesh: Mesh) -> int:
         """Of one rank while FSDP has them together."""
-        return sum(n * weight.gathered(mesh) for weight, n in self.counts.items())
+        return sum(n * weight.gathered(mesh) for weight, n in self.counts)
 
     def kept(self, mesh: Mesh) -> int:
         """Of one rank between."""
-        return sum(n * weight.kept(mesh) for weight, n in self.counts.items())
+        return sum(n * weight.kept(mesh) for weight, n in self.counts)
 
-    @property
+    @cached_property
     def experts(self) -> Parameters:
         """Those of routed experts."""
-        return self._only([w for w in self.counts if isinstance(w, Stack)])
+        return Parameters(tuple((w, n) for w, n in self.counts if isinstance(w, Stack)))
 
-    @property
+    @cached_property
     def whole(self) -> Parameters:
         """Those that all ranks of tp have alike."""
-        return self._only([w for w in self.counts if isinstance(w, Weight) and w.cut == "none"])
-
-    def _only(self, weights: list[Weight] | list[Stack]) -> Parameters:
-        some = Parameters()
-        some.counts = Counter({weight: self.counts[weight] for weight in weights})
-        return some
+        some = ((w, n) for w, n in self.counts if isinstance(w, Weight) and w.cut == "none")
+        return Parameters(tuple(some))
 
 
+@lru_cache
 def layer_parameters(model: ModelConfig) -> Parameters:
     """Those of one layer."""
     C, KD, moe = model.hidden_size, model.kv_size, model.moe
-    attention = Parameters(
-        Weight(C, C), Weight(C),  # q and its bias
-        Weight(KD, C), Weight(KD), Weight(KD, C), Weight(KD),  # k, v
-        Weight(C, C, "width"),  # o
-        Weight(C, cut="none"), Weight(C, cut="none"),  # norms
-    )  # fmt: skip
+    counts: list[tuple[Weight | Stack, int]] = [
+        (Weight(C, C), 1), (Weight(C), 1),  # q and its bias
+        (Weight(KD, C), 2), (Weight(KD), 2),  # k, v
+        (Weight(C, C, "width"), 1),  # o
+        (Weight(C, cut="none"), 2),  # norms
+    ]  # fmt: skip
     if moe is None:
         width = model.intermediate_size
-        return attention + Parameters(Weight(width, C), Weight(width, C), Weight(C, width, "width"))
+        counts += [(Weight(width, C), 2), (Weight(C, width, "width"), 1)]
+        return Parameters(tuple(counts))
     E, I = moe.num_experts, moe.moe_intermediate_size  # noqa: E741
-    routed = Parameters(Weight(E, C, "none"), Stack(E, 2 * I, C), Stack(E, C, I))
-    width = moe.shared_expert_intermediate_size
-    if not width:
-        return attention + routed
-    up = Weight(width, C, "none")
-    return attention + routed + Parameters(up, up, Weight(C, width, "none"), Weight(1, C, "none"))
+    counts += [(Weight(E, C, "none"), 1), (Stack(E, 2 * I, C), 1), (Stack(E, C, I), 1)]
+    if width := moe.shared_expert_intermediate_size:
+        counts += [(Weight(width, C, "none"), 2), (Weight(C, width, "none"), 1)]
+        counts += [(Weight(1, C, "none"), 1)]  # its gate
+    return Parameters(tuple(counts))
 
 
+@lru_cache
 def root_parameters(model: ModelConfig, first: bool = True, last: bool = True) -> Parameters:
     """The embedding, in the first stage, and norm and head, in the last; a tied head is none."""
-    table = Parameters(Weight(model.vocab_size, model.hidden_size))
+    table, norm = Weight(model.vocab_size, model.hidden_size), Weight(model.hidden_size, cut="none")
     head = last and not model.tie_word_embeddings
-    norm = Parameters(*[Weight(model.hidden_size, cut="none")] * last)
-    return table * (first + head) + norm
+    return Parameters(((table, first + head), (norm, int(last))))
 
 
 def stage_layers(layers: int, stages: int) -> list[int]:
@@ -178,15 +170,16 @@ class Shares:
 def stage_shares(model: ModelConfig, mesh: Mesh, stage: int) -> Shares:
     """The shares of the first rank of a stage, which has the most."""
     layer, root = layer_parameters(model), stage_root(model, mesh, stage)
-    own = stage_parameters(model, mesh, stage)
-    experts = own.experts.gathered(mesh)
+    layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
+    gathered, root_gathered = layer.gathered(mesh), root.gathered(mesh)
+    experts = layer.experts.gathered(mesh)
     return Shares(
-        own.kept(mesh),
-        layer.gathered(mesh),
-        root.gathered(mesh),
-        own.gathered(mesh) - experts,
-        experts,
-        own.whole.gathered(mesh),
+        kept=layers * layer.kept(mesh) + root.kept(mesh),
+        layer=gathered,
+        root=root_gathered,
+        dense=layers * (gathered - experts) + root_gathered,
+        experts=layers * experts,
+        whole=layers * layer.whole.gathered(mesh) + root.whole.gathered(mesh),
     )
 
 
