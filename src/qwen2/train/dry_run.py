@@ -38,9 +38,9 @@ SHARDED = ("fsdp", "efsdp")
 
 @dataclass(frozen=True)
 class Holding:
-    """What the fullest rank of a pipeline stage keeps from step to step, in bytes."""
+    """What a rank keeps from step to step, in bytes."""
 
-    stage: int
+    stage: int  # of the pipeline
     parameters: int  # numbers, not bytes
     weights: int
     gradients: int
@@ -60,7 +60,7 @@ class DryRun:
 
     model: ModelConfig
     mesh: Mesh
-    holdings: list[Holding]  # by pipeline stage
+    holdings: list[Holding]  # of the first rank of each pipeline stage
 
     def figures(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -82,15 +82,18 @@ def dry_run(asked: Asked, world_size: int) -> DryRun:
     for stretch in asked.recipe.plan:
         mesh = given.resolve(world_size, model, stretch.context)
         check_rows(mesh, stretch.rows * stretch.accumulation)
+    ranks = range(0, world_size, world_size // mesh.pp)
+    return DryRun(model, mesh, [holding(asked, mesh, rank) for rank in ranks])
+
+
+def holding(asked: Asked, mesh: Mesh, rank: int) -> Holding:
+    """What one rank of a resolved mesh keeps."""
     with torch.device("meta"):
-        shapes = [Qwen2(model) for _ in range(mesh.pp)]
-    if world_size == 1:
-        return DryRun(model, mesh, [_alone(shapes[0], asked.recipe)])
-    holdings = []
-    for stage, shape in enumerate(shapes):
-        with _pretended_group(stage * world_size // mesh.pp, world_size):
-            holdings.append(_shared(shape, mesh, asked.recipe, stage))
-    return DryRun(model, mesh, holdings)
+        model = Qwen2(asked.model)
+    if mesh.world_size == 1:
+        return _alone(model, asked.recipe)
+    with _pretended_group(rank, mesh.world_size):
+        return _shared(model, mesh, asked.recipe, rank * mesh.pp // mesh.world_size)
 
 
 def _alone(model: Qwen2, recipe: StageRecipe) -> Holding:

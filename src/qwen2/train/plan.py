@@ -46,6 +46,7 @@ class Job:
     rows: int  # of a micro-batch, as the recipe has it
     tokens: int  # of the whole run
     dtype: Literal["bf16", "fp32"]
+    optimizer: Literal["adamw", "muon"]
     on_cpu: bool
     mesh: Mesh | None  # as the recipe has it; None: it says nothing
     recompute: tuple[Recompute, ...]  # the recipe's way, or all of them where it names none
@@ -127,6 +128,7 @@ def read_job(values: dict[str, Any], where: str) -> Job:
         recipe.rows,
         recipe.total_tokens,
         recipe.dtype,
+        recipe.optimizer.kind,
         recipe.device == "cpu",
         asked.mesh,
         (recipe.activation_checkpointing,) if given else RECOMPUTE,
@@ -144,6 +146,7 @@ def make_work(job: Job, mesh: Mesh, rows: int, recompute: Recompute) -> Work:
         job.step_rows // (mesh.dp * rows),
         job.dtype,
         recompute,
+        job.optimizer,
         fused_norm=not job.on_cpu,
     )
 

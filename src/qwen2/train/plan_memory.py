@@ -48,6 +48,7 @@ class Work:
     micro_batches: int  # of a step, on each rank of dp
     dtype: Literal["bf16", "fp32"] = "bf16"
     recompute: Recompute = "none"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     fused_norm: bool = True
     """The RMS norm is one kernel, as on CUDA; the CPU's keeps its input and output in fp32."""
 
@@ -69,7 +70,7 @@ class Memory:
     weights: int = 0  # that stay: fp32, and on one rank the bf16 model beside it
     gathered: int = 0  # copies in the compute dtype of what FSDP has together
     gradients: int = 0  # in fp32, and of what is not reduced yet in the compute dtype
-    optimizer: int = 0  # AdamW's two moments, fp32
+    optimizer: int = 0  # moments in fp32: AdamW's two, or Muon's one of hidden matrices
     activations: int = 0  # that are saved for the backward pass
     loss: int = 0  # the logits' block, and the gradients that come from it
     working: int = 0  # what a layer's backward pass makes, or computes again
@@ -208,12 +209,18 @@ def peak(work: Work, stage: int = 0) -> Memory:
     return max(moments(work, stage), key=lambda moment: moment.total)
 
 
+def _optimizer(work: Work, stage: int) -> int:
+    """Bytes of the optimizer's state."""
+    shares = stage_shares(work.model, work.mesh, stage)
+    return 8 * shares.kept - (4 * shares.hidden if work.optimizer == "muon" else 0)
+
+
 def _moments_alone(work: Work) -> Iterator[Memory]:
     """Of one process, see `train_step` and precision.py."""
     model, b = work.model, work.itemsize
     parameters = model.num_parameters()
     weights = parameters * (4 if b == 4 else 4 + b)
-    state = {"weights": weights, "optimizer": 8 * parameters}
+    state = {"weights": weights, "optimizer": _optimizer(work, 0)}
     before = 4 * parameters if work.micro_batches > 1 else 0  # of earlier micro-batches
     saved = activations(work)
     forward, backward = _loss(work)
@@ -236,7 +243,7 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
     layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
     shares = stage_shares(model, mesh, stage)
     kept, layer, root = shares.kept, shares.layer, shares.root
-    state = {"weights": 4 * kept, "optimizer": 8 * kept}
+    state = {"weights": 4 * kept, "optimizer": _optimizer(work, stage)}
     gathered = b * (root + min(layers, 2) * layer)
     saved = activations(work, stage)
     forward, backward = _loss(work) if stage == mesh.pp - 1 else (0, 0)

@@ -107,6 +107,12 @@ class Parameters:
         some = ((w, n) for w, n in self.counts if isinstance(w, Weight) and w.cut == "none")
         return Parameters(tuple(some))
 
+    @cached_property
+    def matrices(self) -> Parameters:
+        """Those of two dimensions, experts' too."""
+        some = ((w, n) for w, n in self.counts if min(w.rows, w.width) > 1)
+        return Parameters(tuple(some))
+
 
 @lru_cache
 def layer_parameters(model: ModelConfig) -> Parameters:
@@ -163,7 +169,8 @@ class Shares:
     root: int  # of embedding, final norm and head, likewise
     dense: int  # of the whole stage, likewise, without routed experts
     experts: int  # of the routed experts of the whole stage, likewise
-    whole: int  # of those, what all ranks of tp have alike; experts apart
+    whole: int  # of `dense`, what all ranks of tp have alike
+    hidden: int  # of `kept`, the matrices of layers
 
 
 @lru_cache(maxsize=1 << 14)
@@ -179,6 +186,7 @@ def stage_shares(model: ModelConfig, mesh: Mesh, stage: int) -> Shares:
         root=root_gathered,
         dense=layers * (gathered - experts) + root_gathered,
         experts=layers * experts,
+        hidden=layers * layer.matrices.kept(mesh),
         whole=layers * layer.whole.gathered(mesh) + root.whole.gathered(mesh),
     )
 
