@@ -41,7 +41,10 @@ def test_for_people() -> None:
     ("arguments", "says"),
     [
         (("7b", "--world-size", 8), "--world-size 8 is of --dry-run"),
-        (("7b", "--dry-run", "--world-size", 8, "mesh.tp=3"), "tp 3 is 6 ranks, but the world has 8"),
+        (
+            ("7b", "--dry-run", "--world-size", 8, "mesh.tp=3"),
+            "tp 3 is 6 ranks, but the world has 8",
+        ),
     ],
 )
 def test_what_cannot_be_is_exit_2(arguments: tuple[object, ...], says: str) -> None:
