@@ -21,7 +21,7 @@ from qwen2.train.plan_parameters import stage_shares
 from qwen2.train.plan_time import Cluster
 
 SIZES = {
-    "0.5b": (128, {}),  # 896 rows do not divide by 128
+    "0.5b": (256, {"cp": 2}),  # 896 rows do not divide by 256
     "1.5b": (16, {"tp": 2}),
     "7b": (64, {"dp_replicate": 2, "cp": 2}),
     "57b-a14b": (64, {"ep": 8, "tp": 2}),
