@@ -11,9 +11,10 @@ from qwen2.common.errors import UserError
 from qwen2.common.recipes import find_recipe
 from qwen2.model.config import PUBLISHED
 from qwen2.train.mesh import Mesh
-from qwen2.train.plan import Job, read_job
-from qwen2.train.plan_memory import Work, layer_parameters, root_parameters
-from qwen2.train.plan_search import best_plans, describe, divisors, meshes
+from qwen2.train.plan import Job, make_plan, read_job
+from qwen2.train.plan_memory import RECOMPUTE, Work
+from qwen2.train.plan_parameters import layer_parameters, root_parameters
+from qwen2.train.plan_search import best_plans, describe, divisors, merit, meshes
 from qwen2.train.plan_time import (
     Cluster,
     bubble_share,
@@ -25,7 +26,7 @@ from qwen2.train.plan_time import (
 )
 
 H100 = Cluster(devices=8, memory=80e9)
-GIVEN = ["init=null", "model.published=57b-a14b"]  # its `init` comes from another run
+GIVEN = ["model.published=57b-a14b"]  # its `init` comes from another run
 
 
 def job(name: str, *overrides: str) -> Job:
@@ -72,9 +73,10 @@ def test_traffic_by_hand() -> None:
     assert traffic(work("7b", micro_batches=2, dp_shard=8)).fsdp == 2 * 8 * parameters * 7 / 8
     # two replicas: twice half of the fp32 gradients
     assert traffic(work("7b", dp_replicate=2)).hsdp == 4 * parameters
-    # tp 2: of 4096 x 3584 bf16 half, 4 a layer forward and as many backward, 2 each at the ends
+    # tp 2: of 4096 x 3584 bf16 half, 4 a layer forward and as many backward, 2 each at the ends;
+    # and the gradients of all norms, twice half
     passed = 4096 * 3584 * 2 / 2
-    assert traffic(work("7b", tp=2)).tp == passed * (8 * 28 + 4)
+    assert traffic(work("7b", tp=2)).tp == passed * (8 * 28 + 4) + 57 * 3584 * 2
     # cp 2: half of q, the output, k and v (512 each) of 2,048 tokens, forward and backward
     assert traffic(work("7b", cp=2)).cp == 2 * 28 * 2048 * (2 * 3584 + 2 * 512) * 2 / 2
     # ep 4: 3/4 of eight rows a token, sent and returned, forward and backward
@@ -82,7 +84,8 @@ def test_traffic_by_hand() -> None:
     assert mixture.ep == 2 * 28 * 2 * 4096 * 8 * 3584 * 2 * 3 / 4
     # whose experts nobody else has: only the rest is gathered
     counts = layer_parameters(PUBLISHED["57b-a14b"])
-    rest = 28 * (counts.split + counts.whole) + root_parameters(PUBLISHED["57b-a14b"]).total
+    rest = 28 * (counts.total - counts.experts.total)
+    rest += root_parameters(PUBLISHED["57b-a14b"]).total
     assert mixture.fsdp == 8 * rest * 3 / 4
     # pp 2: a micro-batch's activations one way, their gradients the other
     assert traffic(work("7b", micro_batches=4, pp=2), 1).pp == 4 * 4096 * 3584 * 2
@@ -117,6 +120,28 @@ def test_a_mesh_that_fits_is_taken_as_it_is() -> None:
     assert all(plan.work.mesh.dp_replicate < 256 for plan in replaced)
 
 
+def test_activations_are_computed_again_as_the_recipe_says() -> None:
+    cluster = Cluster(32, 80e9)
+    free = best_plans(job("7b"), cluster)
+    assert free[0].work.recompute == "none"
+    bound = best_plans(job("7b", "activation_checkpointing=full"), cluster)
+    assert {plan.work.recompute for plan in bound} == {"full"}
+    assert bound[0].tokens_per_second < free[0].tokens_per_second
+    # What a recipe says out loud holds, even where it is the default and does not fit.
+    with pytest.raises(UserError, match=r"with no recomputation .* needs"):
+        best_plans(job("72b", "activation_checkpointing=none"), Cluster(16, 80e9))
+
+
+def test_the_long_context_stage_is_planned_with_the_shape_that_is_to_come() -> None:
+    given = ("init=out/none/model", "out=out/long", "model.published=7b")
+    asked = job("long_context", *given)
+    assert (asked.context, asked.step_rows, asked.tokens) == (32_768, 128, 100_000_595_968)
+    assert asked.model.num_parameters() == PUBLISHED["7b"].num_parameters()
+    best = best_plans(asked, Cluster(64, 80e9))[0]
+    assert best.fits
+    assert best.work.tokens * best.work.mesh.cp == 32_768 * best.work.rows
+
+
 def test_all_meshes_are_found() -> None:
     # 4 devices, tied: pp 1; tp 1 or 2 (2 kv heads); cp 1 or 2, for tp 2 leaves 7 and 1 heads
     found = {describe(mesh) for mesh in meshes(job("0.5b"), 4)}
@@ -124,7 +149,35 @@ def test_all_meshes_are_found() -> None:
         "dp_shard 4", "dp_replicate 2 x dp_shard 2", "dp_replicate 4", "dp_shard 2 x cp 2",
         "dp_replicate 2 x cp 2", "dp_shard 2 x tp 2", "dp_replicate 2 x tp 2",
     }  # fmt: skip
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(12) == (1, 2, 3, 4, 6, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "gigabytes", "overrides"),
+    [
+        ("7b", 32, 80, []),
+        ("7b", 24, 30, ["accumulation=6"]),
+        ("57b-a14b", 64, 80, [*GIVEN, "accumulation=32"]),
+        ("72b", 256, 80, ["accumulation=64"]),
+        ("72b", 128, 30, ["accumulation=64"]),
+    ],
+)
+def test_the_search_finds_what_trying_everything_finds(
+    name: str, devices: int, gigabytes: int, overrides: list[str]
+) -> None:
+    asked, cluster = job(name, *overrides), Cluster(devices, gigabytes * 1e9)
+    best = []
+    for mesh in meshes(asked, devices):
+        plans = [
+            make_plan(asked, cluster, mesh, rows, recompute)
+            for rows in divisors(asked.step_rows // mesh.dp)
+            for recompute in RECOMPUTE
+        ]
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            best.append(min(fitting, key=merit))
+    found = best_plans(asked, cluster)
+    assert [plan.work for plan in found] == [plan.work for plan in sorted(best, key=merit)[:5]]
 
 
 @pytest.mark.parametrize(
@@ -134,9 +187,10 @@ def test_all_meshes_are_found() -> None:
         (("0.5b",), 11, "no mesh of 11 devices divides the model and the 1024 rows"),
         (("7b", "mesh.tp=3"), 8, "tp 3 is 6 ranks, but the world has 8"),
         (("7b", "mesh.dp_shard=24"), 24, "its 24 ranks .* cannot share the 1024 rows"),
-        (("57b-a14b",), 8, "to plan before it is there, give its shape"),
+        (("57b-a14b",), 8, "before it is there, give its shape beside it"),
         (("7b", "mesh.tq=3"), 8, "unknown key 'tq'"),
-        (("long_context",), 8, "stage"),
+        (("long_context", "init=a/b/c", "out=b"), 8, "a/b/c: .*before it is there, give its shape"),
+        (("7b", "stage=pretrian"), 8, "unknown stage 'pretrian'; did you mean 'pretrain'"),
     ],
 )
 def test_what_cannot_be_is_one_line(asked: Any, devices: int, says: str) -> None:

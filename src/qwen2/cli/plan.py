@@ -1,4 +1,4 @@
-"""`qwen2 plan`: what a pre-training run needs and takes on a cluster, before it is started."""
+"""`qwen2 plan`: what a run needs and takes on a cluster, before it is started."""
 
 from __future__ import annotations
 

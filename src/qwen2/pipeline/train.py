@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen2.common.config import read_values
-from qwen2.common.errors import UserError
 from qwen2.pipeline.long_context import run_long_context
+from qwen2.train.asked import stage_of
 from qwen2.train.long_context import LongContextRecipe
 from qwen2.train.pretrain import PretrainRecipe, pretrain
 from qwen2.train.stage import StageResult
@@ -28,9 +27,5 @@ def run_recipe(path: Path, overrides: Sequence[str] = ()) -> StageResult:
         UserError: there is no such stage, or the recipe or its run fails.
     """
     values = read_values(path, overrides)
-    stage = str(values.get("stage", "pretrain"))
-    if stage not in STAGES:
-        near = difflib.get_close_matches(stage, STAGES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{path}: unknown stage {stage!r}; {hint}there are {', '.join(STAGES)}")
+    stage = stage_of(values, str(path), STAGES)
     return STAGES[stage](values, str(path))

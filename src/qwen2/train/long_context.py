@@ -88,7 +88,7 @@ def long_context(
         if before is not None:
             from_first(before)
         torch.manual_seed(recipe.seed)
-        loader = build_loader(recipe, before_it, shards, world.dp_rank, world.mesh.dp)
+        loader = build_loader(recipe, before_it, shards, world.dp_rank, world.mesh.dp, world.mesh.pp)
         trainee = make_trainee(first, recipe, world)
         return run_stage(recipe, trainee, loader, tokenizer)
 
@@ -99,9 +99,10 @@ def build_loader(
     source: TokenSource,
     rank: int = 0,
     world_size: int = 1,
+    stages: int = 1,
 ) -> PhasedLoader:
-    """The batches of `recipe` for one rank, from the documents of `source`."""
-    plan = [stretch.shared(world_size) for stretch in recipe.plan]
+    """The batches of `recipe`, from the documents of `source`; see pretrain.py."""
+    plan = [stretch.shared(world_size, stages) for stretch in recipe.plan]
     how = recipe.context, plan[0].rows, recipe.seed, rank, world_size, recipe.packing
     return PhasedLoader(plan, [PackedLoader(mix(recipe, config, source), *how)])
 

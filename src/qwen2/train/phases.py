@@ -64,11 +64,12 @@ class Stretch:
         """Tokens of one update, padding too."""
         return self.context * self.rows * self.accumulation
 
-    def shared(self, ranks: int) -> Stretch:
-        """This as one of `ranks` has it: as many tokens in a step of all, in the fewest batches.
+    def shared(self, ranks: int, stages: int = 1) -> Stretch:
+        """This as one of `ranks` has it: as many tokens in a step of all, in the fewest batches
+        that are at least one for each of `stages`, of a pipeline.
 
         Raises:
-            UserError: a step has not as many rows for each.
+            UserError: a step has not rows enough, or not as many for each.
         """
         total = self.rows * self.accumulation
         if total % ranks:
@@ -77,7 +78,13 @@ class Stretch:
                 f"{ranks} ranks cannot share evenly; give a multiple of {ranks}"
             )
         own = total // ranks
-        rows = max(n for n in range(1, min(self.rows, own) + 1) if own % n == 0)
+        if own < stages:
+            raise UserError(
+                f"a step has rows x accumulation = {total} rows, {own} for each rank, too few for "
+                f"the {stages} stages of the mesh's pp; give a larger accumulation"
+            )
+        most = min(self.rows, own // stages)
+        rows = max(n for n in range(1, most + 1) if own % n == 0)
         return replace(self, rows=rows, accumulation=own // rows)
 
     def lasting(self, steps: int | None, tokens: int | None) -> Stretch:

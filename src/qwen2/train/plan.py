@@ -1,4 +1,4 @@
-"""What a pre-training run would need and take on a cluster, before anything is started.
+"""What a run would need and take on a cluster, before anything is started.
 
     Work (plan_memory.py)       the model, its mesh, the rows of a micro-batch
     Cluster (plan_time.py)      devices, their memory and speed, the links between them
@@ -14,9 +14,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
-from qwen2.model.hub import load_config
+from qwen2.train.asked import read_asked
 from qwen2.train.mesh import Mesh
 from qwen2.train.plan_memory import (
     RECOMPUTE,
@@ -28,7 +27,6 @@ from qwen2.train.plan_memory import (
     stages_that_differ,
 )
 from qwen2.train.plan_time import Cluster, StepTime, bubble_share, step_time, traffic
-from qwen2.train.pretrain import PretrainRecipe
 from qwen2.train.recompute import Recompute
 
 HEADROOM, CPU_HEADROOM = 0.1, 0.2
@@ -48,8 +46,10 @@ class Job:
     rows: int  # of a micro-batch, as the recipe has it
     tokens: int  # of the whole run
     dtype: Literal["bf16", "fp32"]
+    optimizer: Literal["adamw", "muon"]
     on_cpu: bool
     mesh: Mesh | None  # as the recipe has it; None: it says nothing
+    recompute: tuple[Recompute, ...]  # the recipe's way, or all of them where it names none
 
     @property
     def headroom(self) -> float:
@@ -113,40 +113,32 @@ class Plan:
 
 
 def read_job(values: dict[str, Any], where: str) -> Job:
-    """The job of a pre-training recipe's values; `where` names it.
+    """The job of a recipe's values; `where` names it.
 
     Raises:
-        UserError: the recipe is wrong, or the model that it goes on from is not there yet.
+        UserError: see `read_asked`.
     """
-    values = dict(values)
-    given = values.pop("mesh", None)
-    recipe = PretrainRecipe.parse(values, where)
-    model = recipe.model
-    if model is None:
-        assert recipe.init is not None
-        try:
-            model = load_config(recipe.init)
-        except UserError as error:
-            raise UserError(
-                f"{error}; to plan before it is there, give its shape in its place, such as "
-                "init=null model.published=57b-a14b"
-            ) from None
+    asked = read_asked(values, where)
+    recipe = asked.recipe
+    given = "activation_checkpointing" in recipe.model_fields_set
     return Job(
-        model,
+        asked.model,
         recipe.context,
-        recipe.rows * recipe.accumulation,
+        asked.step_rows,
         recipe.rows,
         recipe.total_tokens,
         recipe.dtype,
+        recipe.optimizer.kind,
         recipe.device == "cpu",
-        None if given is None else Mesh.parse(given, f"{where}: mesh"),
+        asked.mesh,
+        (recipe.activation_checkpointing,) if given else RECOMPUTE,
     )
 
 
-def make_plan(job: Job, cluster: Cluster, mesh: Mesh, rows: int, recompute: Recompute) -> Plan:
-    """The plan of a job with a resolved mesh, so many rows in a micro-batch."""
+def make_work(job: Job, mesh: Mesh, rows: int, recompute: Recompute) -> Work:
+    """A step of a job on a resolved mesh, so many rows in a micro-batch."""
     assert job.step_rows % (mesh.dp * rows) == 0
-    work = Work(
+    return Work(
         job.model,
         mesh,
         job.context,
@@ -154,8 +146,14 @@ def make_plan(job: Job, cluster: Cluster, mesh: Mesh, rows: int, recompute: Reco
         job.step_rows // (mesh.dp * rows),
         job.dtype,
         recompute,
+        job.optimizer,
         fused_norm=not job.on_cpu,
     )
+
+
+def make_plan(job: Job, cluster: Cluster, mesh: Mesh, rows: int, recompute: Recompute) -> Plan:
+    """The plan of that step: of the pipeline stage that needs most memory."""
+    work = make_work(job, mesh, rows, recompute)
     peaks = {stage: peak(work, stage) for stage in stages_that_differ(work)}
     fullest = max(peaks, key=lambda stage: peaks[stage].total)
     return Plan(job, work, cluster, fullest, peaks[fullest])

@@ -1,16 +1,18 @@
 """What a training step keeps in the memory of one rank, in closed form.
 
-Parameters, gradients and optimizer state are counted from the shape and the mesh; activations are
-what autograd saves in the code of model/, tensor by tensor; both are held against the real thing by
-tests. A step has a few moments at which memory may be highest, see `moments`; the peak is the
-highest of them. What the formulas take for granted of a run on several ranks:
+Parameters, gradients and optimizer state are counted from the shape and the mesh
+(plan_parameters.py); activations are what autograd saves in the code of model/, tensor by tensor;
+both are held against the real thing by tests. A step has a few moments at which memory may be
+highest, see `moments`; the peak is the highest of them. What the formulas take for granted of a run
+on several ranks:
 
     fsdp   every rank keeps 1 / (dp_shard x cp) of its parameters in fp32, as well as of gradients
            and moments; copies in the compute dtype of two layers (the next is fetched ahead) and
            of the root unit (embedding, final norm, head) are gathered; gradients are reduced in
            fp32, after each micro-batch
-    tp     matrices, heads, experts and the vocabulary are divided, and tokens between them
-           (sequence parallel, Korthikanti et al. 2022); the gathered inputs of products are kept
+    tp     matrices, heads and the vocabulary are divided, and tokens between them (sequence
+           parallel, Korthikanti et al. 2022); the gathered inputs of products are kept; a mixture
+           is whole on each rank, which applies it to its own tokens
     cp     by heads (Ulysses, Jacobs et al. 2023)
     ep     a rank gathers its own experts alone; routers send every expert as much
     pp     1F1B (Narayanan et al. 2021): stage s holds the activations of pp - s micro-batches
@@ -22,12 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from qwen2.model.config import BYTES, Mixture, ModelConfig
 from qwen2.train.loss import BLOCK_BYTES, CHUNK_BYTES
 from qwen2.train.mesh import Mesh
+from qwen2.train.plan_parameters import root_parameters, share, stage_layers, stage_shares
 from qwen2.train.recompute import Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -45,6 +48,7 @@ class Work:
     micro_batches: int  # of a step, on each rank of dp
     dtype: Literal["bf16", "fp32"] = "bf16"
     recompute: Recompute = "none"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     fused_norm: bool = True
     """The RMS norm is one kernel, as on CUDA; the CPU's keeps its input and output in fp32."""
 
@@ -60,47 +64,13 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Counts, by how a mesh divides them."""
-
-    split: int = 0  # over tp
-    whole: int = 0  # the same on all ranks of tp: norms, router, gate of the shared expert
-    experts: int = 0  # over ep and tp
-
-    def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(*(a + b for a, b in zip(self._counts, other._counts, strict=True)))
-
-    def __mul__(self, times: int) -> Parameters:
-        return Parameters(*(times * count for count in self._counts))
-
-    @property
-    def _counts(self) -> tuple[int, int, int]:
-        return self.split, self.whole, self.experts
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self._counts)
-
-    def gathered(self, mesh: Mesh) -> int:
-        """Of one rank while FSDP has them together."""
-        experts = _share(self.experts, mesh.ep * mesh.tp)
-        return _share(self.split, mesh.tp) + self.whole + experts
-
-    def kept(self, mesh: Mesh) -> int:
-        """Of one rank between: its share of what is gathered; padding apart."""
-        experts = _share(self.experts, mesh.fsdp * mesh.tp)
-        return _share(self.split, mesh.fsdp * mesh.tp) + _share(self.whole, mesh.fsdp) + experts
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes of one rank at one moment."""
 
     weights: int = 0  # that stay: fp32, and on one rank the bf16 model beside it
     gathered: int = 0  # copies in the compute dtype of what FSDP has together
     gradients: int = 0  # in fp32, and of what is not reduced yet in the compute dtype
-    optimizer: int = 0  # AdamW's two moments, fp32
+    optimizer: int = 0  # moments in fp32: AdamW's two, or Muon's one of hidden matrices
     activations: int = 0  # that are saved for the backward pass
     loss: int = 0  # the logits' block, and the gradients that come from it
     working: int = 0  # what a layer's backward pass makes, or computes again
@@ -109,39 +79,10 @@ class Memory:
     @property
     def total(self) -> int:
         """All together."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
-def layer_parameters(model: ModelConfig) -> Parameters:
-    """Those of one layer."""
-    C, KD, moe = model.hidden_size, model.kv_size, model.moe
-    attention = 2 * C * C + C + 2 * (C * KD + KD)
-    if moe is None:
-        return Parameters(attention + 3 * C * model.intermediate_size, 2 * C)
-    width = moe.shared_expert_intermediate_size
-    return Parameters(
-        split=attention + 3 * C * width,
-        whole=2 * C + C * moe.num_experts + (C if width else 0),
-        experts=3 * C * moe.num_experts * moe.moe_intermediate_size,
-    )
-
-
-def root_parameters(model: ModelConfig, first: bool = True, last: bool = True) -> Parameters:
-    """The embedding, in the first stage, and norm and head, in the last; a tied head is none."""
-    table = model.vocab_size * model.hidden_size
-    head = last and not model.tie_word_embeddings
-    return Parameters(table * (first + head), model.hidden_size * last)
-
-
-def stage_layers(layers: int, stages: int) -> list[int]:
-    """Layers of each pipeline stage: as even as can be, the first ones have one more."""
-    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
-
-
-def stage_parameters(model: ModelConfig, mesh: Mesh, stage: int) -> Parameters:
-    """Those of a pipeline stage."""
-    layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
-    return layer_parameters(model) * layers + _root(model, mesh, stage)
+        return (
+            self.weights + self.gathered + self.gradients + self.optimizer
+            + self.activations + self.loss + self.working + self.buffers
+        )  # fmt: skip
 
 
 def stages_that_differ(work: Work) -> list[int]:
@@ -161,28 +102,27 @@ def layer_activations(work: Work, recompute: Recompute | None = None) -> int:
     kept = recompute or work.recompute
     stream = model.hidden_size * b
     if kept == "full":
-        return _share(n * stream, tp)  # the layer's input
+        return share(n * stream, tp)  # the layer's input
     if kept == "selective":
         # The layer's input, q, k, v, attention's output and lse, and what o_proj returns.
         attention = 4 * stream + 2 * model.kv_size * b + 4 * model.num_attention_heads
         if model.moe is None:  # gate, up and down
-            return _share(n * (attention + stream + 2 * model.intermediate_size * b), tp)
+            return share(n * (attention + stream + 2 * model.intermediate_size * b), tp)
         # The router's logits; of the shared expert gate, up and down, and its own gate. The
         # routed experts are computed again.
         width = model.moe.shared_expert_intermediate_size
-        shared = stream + 2 * width * b if width else 0
-        own = 4 * model.moe.num_experts + (b if width else 0)
-        return _share(n * (attention + shared), tp) + n * own
+        shared = stream + (2 * width + 1) * b if width else 0
+        return share(n * (attention + shared + 4 * model.moe.num_experts), tp)
     # q, attention's output and o_proj's input; lse; k and v as ranks of cp have them.
     heads = max(model.num_key_value_heads, tp * work.mesh.cp)
     attention = 3 * stream + 4 * model.num_attention_heads + 2 * heads * model.head_dim * b
     divided = 2 * _norm(work) + attention
-    gathered = 2 * stream  # the input of q, k, v, and of gate and up
+    gathered = n * stream  # the input of q, k, v
     if model.moe is None:
-        # gate, silu(gate), up and the input of down
-        return _share(n * (divided + 4 * model.intermediate_size * b), tp) + n * gathered
-    experts, mixture, constant = _mixture(work, model.moe)
-    return _share(n * (divided + experts), tp) + n * (gathered + mixture) + constant
+        # gate, silu(gate), up and the input of down; the input of gate and up is gathered too
+        return share(n * (divided + 4 * model.intermediate_size * b), tp) + 2 * gathered
+    mixture, constant = _mixture(work, model.moe)
+    return share(n * (divided + stream + mixture), tp) + gathered + constant
 
 
 def _norm(work: Work) -> int:
@@ -191,22 +131,25 @@ def _norm(work: Work) -> int:
     return C * work.itemsize + 4 if work.fused_norm else 8 * C + 4
 
 
-def _mixture(work: Work, moe: Mixture) -> tuple[int, int, int]:
-    """Bytes that a mixture saves: a token's that tp divides, a token's that it does not, others."""
+def _mixture(work: Work, moe: Mixture) -> tuple[int, int]:
+    """Bytes that a mixture saves, beside its input: of a token, and others.
+
+    Each rank of tp applies it to tokens of its own.
+    """
     b, C = work.itemsize, work.model.hidden_size
     E, k, width = moe.num_experts, moe.num_experts_per_tok, moe.shared_expert_intermediate_size
     # Experts compute silu again, the shared expert's is kept as an MLP's.
-    divided = 2 * k * moe.moe_intermediate_size * b + 4 * width * b
+    each = 2 * k * moe.moe_intermediate_size * b + 4 * width * b
     # Logits, probabilities, logsumexp; ids, order and its reverse; weights.
-    whole = 8 * E + 4 + 24 * k + k * b
-    whole += 4 * k + 4 if moe.norm_topk_prob else 0
-    whole += (C + 1) * b if width else 0  # the shared expert's output and its gate
-    whole += 2 * k * C * b if work.mesh.ep > 1 else 0  # rows sent to experts, and back
+    each += 8 * E + 4 + 24 * k + k * b
+    each += 4 * k + 4 if moe.norm_topk_prob else 0
+    each += (C + 1) * b if width else 0  # the shared expert's output and its gate
+    each += 2 * k * C * b if work.mesh.ep > 1 else 0  # rows sent to experts, and back
     constant = 8 * E
     if b < 4:  # the router's input and weight in fp32
-        whole += 4 * C
+        each += 4 * C
         constant += 4 * C * E
-    return divided, whole, constant
+    return each, constant
 
 
 def activations(work: Work, stage: int = 0, recompute: Recompute | None = None) -> int:
@@ -219,13 +162,13 @@ def activations(work: Work, stage: int = 0, recompute: Recompute | None = None) 
     if stage == 0:
         each += 8 * n  # ids, for the embedding
     if stage == mesh.pp - 1:
-        each += _share(n * _norm(work), mesh.tp)
+        each += share(n * _norm(work), mesh.tp)
     return each * min(mesh.pp - stage, work.micro_batches)
 
 
 def loss_block(work: Work) -> tuple[int, int]:
     """Bytes of the logits' block of `chunked_cross_entropy` on one rank, and how many blocks."""
-    row = _share(work.model.vocab_size, work.mesh.tp) * work.itemsize
+    row = share(work.model.vocab_size, work.mesh.tp) * work.itemsize
     blocks = math.ceil(work.tokens * row / BLOCK_BYTES)
     return math.ceil(work.tokens / blocks) * row, blocks
 
@@ -233,7 +176,7 @@ def loss_block(work: Work) -> tuple[int, int]:
 def _loss(work: Work) -> tuple[int, int]:
     """Bytes of the loss while its forward pass runs, and while its backward pass does."""
     b, hidden = work.itemsize, work.tokens * work.model.hidden_size * work.itemsize
-    head = _share(work.model.vocab_size, work.mesh.tp) * work.model.hidden_size
+    head = share(work.model.vocab_size, work.mesh.tp) * work.model.hidden_size
     logits, blocks = loss_block(work)
     # Of several blocks, the weight's gradients add up in fp32.
     sums = head * (b if blocks == 1 else 4 + b)
@@ -249,7 +192,7 @@ def _working(work: Work) -> int:
     if moe := model.moe:
         # inner, its gradient, silu, slope and the two gradients of the product before silu
         width = 2 * moe.num_experts_per_tok * moe.moe_intermediate_size
-    made = work.tokens * (_share(3 * width, tp) + 2 * model.hidden_size) * b
+    made = work.tokens * (share(3 * width, tp) + 2 * model.hidden_size) * b
     return made + (0 if work.recompute == "none" else layer_activations(work, "none"))
 
 
@@ -266,12 +209,18 @@ def peak(work: Work, stage: int = 0) -> Memory:
     return max(moments(work, stage), key=lambda moment: moment.total)
 
 
+def _optimizer(work: Work, stage: int) -> int:
+    """Bytes of the optimizer's state."""
+    shares = stage_shares(work.model, work.mesh, stage)
+    return 8 * shares.kept - (4 * shares.hidden if work.optimizer == "muon" else 0)
+
+
 def _moments_alone(work: Work) -> Iterator[Memory]:
     """Of one process, see `train_step` and precision.py."""
     model, b = work.model, work.itemsize
     parameters = model.num_parameters()
     weights = parameters * (4 if b == 4 else 4 + b)
-    state = {"weights": weights, "optimizer": 8 * parameters}
+    state = {"weights": weights, "optimizer": _optimizer(work, 0)}
     before = 4 * parameters if work.micro_batches > 1 else 0  # of earlier micro-batches
     saved = activations(work)
     forward, backward = _loss(work)
@@ -282,7 +231,7 @@ def _moments_alone(work: Work) -> Iterator[Memory]:
     # The model's own gradients; in fp32 they are the masters', and add up in place. A tied
     # embedding's share meets the head's.
     own = b * parameters if b < 4 or not before else 0
-    tied = b * root_parameters(model).split if model.tie_word_embeddings else 0
+    tied = b * root_parameters(model, last=False).total if model.tie_word_embeddings else 0
     layer = layer_activations(work, "none")
     yield Memory(**state, gradients=before + own + tied, activations=layer, working=_working(work))
     yield Memory(**state, gradients=4 * parameters)
@@ -292,10 +241,9 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
     """Of a rank among several: FSDP over the mesh's dp_shard and cp."""
     model, mesh, b = work.model, work.mesh, work.itemsize
     layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
-    kept = stage_parameters(model, mesh, stage).kept(mesh)
-    layer = layer_parameters(model).gathered(mesh)
-    root = _root(model, mesh, stage).gathered(mesh)
-    state = {"weights": 4 * kept, "optimizer": 8 * kept}
+    shares = stage_shares(model, mesh, stage)
+    kept, layer, root = shares.kept, shares.layer, shares.root
+    state = {"weights": 4 * kept, "optimizer": _optimizer(work, stage)}
     gathered = b * (root + min(layers, 2) * layer)
     saved = activations(work, stage)
     forward, backward = _loss(work) if stage == mesh.pp - 1 else (0, 0)
@@ -317,11 +265,3 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
         buffers=(4 + b) * max(root, layer),
     )
     yield Memory(**state, gradients=4 * kept)
-
-
-def _root(model: ModelConfig, mesh: Mesh, stage: int) -> Parameters:
-    return root_parameters(model, first=stage == 0, last=stage == mesh.pp - 1)
-
-
-def _share(amount: int, ranks: int) -> int:
-    return -(-amount // ranks)

@@ -2,20 +2,26 @@
 
 Every mesh that `Mesh.problems` lets pass, and whose ranks can share the rows of a step, is tried
 with each number of rows in a micro-batch and each way to recompute activations: some thousands of
-closed forms.
+closed forms. Left out is what cannot win: meshes that would be too slow even if everything fitted,
+those whose weights and optimizer do not fit, and of more rows whatever did not fit with fewer.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
+from qwen2.train.asked import check_rows
 from qwen2.train.mesh import ORDER, Mesh
-from qwen2.train.plan import Job, Plan, make_plan
+from qwen2.train.plan import Job, Plan, make_plan, make_work
 from qwen2.train.plan_memory import RECOMPUTE
-from qwen2.train.plan_time import Cluster
+from qwen2.train.plan_parameters import stage_shares
+from qwen2.train.plan_time import Cluster, step_time
 
 MOST = 1 << 20  # devices that are looked at when something would need more
 
@@ -28,14 +34,20 @@ def best_plans(job: Job, cluster: Cluster, count: int = 5) -> list[Plan]:
         UserError: no mesh divides the model and the rows of a step, or nothing fits; says what is
             nearest and what would help.
     """
+    devices = cluster.devices
     own = own_plan(job, cluster) if job.mesh else None
     if own and own.fits:
         return [own]
-    tried = (_fastest(job, cluster, mesh) for mesh in meshes(job, cluster.devices))
-    fitting = [plan for plan in tried if plan]
-    if not fitting:
+    found: list[tuple[tuple[float, ...], Plan]] = []
+    bounded = [(_least_seconds(job, cluster, m), i, m) for i, m in enumerate(meshes(job, devices))]
+    for seconds, number, mesh in sorted(bounded, key=lambda entry: entry[:2]):
+        if len(found) >= count and _three_digits(seconds) > found[count - 1][0][0]:
+            break
+        if plan := _fastest(job, cluster, mesh):
+            insort(found, ((*merit(plan), number), plan), key=lambda entry: entry[0])
+    if not found:
         raise UserError(_why_not(job, cluster))
-    return sorted(fitting, key=_merit)[:count]
+    return [plan for _, plan in found[:count]]
 
 
 def own_plan(job: Job, cluster: Cluster) -> Plan:
@@ -46,14 +58,10 @@ def own_plan(job: Job, cluster: Cluster) -> Plan:
     """
     assert job.mesh
     mesh = job.mesh.resolve(cluster.devices, job.model, job.context)
-    if job.step_rows % mesh.dp:
-        raise UserError(
-            f"mesh: its {mesh.dp} ranks with rows of their own cannot share the {job.step_rows} "
-            "rows of a step (rows x accumulation); choose a divisor, or another accumulation"
-        )
+    check_rows(mesh, job.step_rows)
     each = job.step_rows // mesh.dp
     rows = job.rows if each % job.rows == 0 else max(r for r in divisors(each) if r <= job.rows)
-    for recompute in RECOMPUTE:
+    for recompute in job.recompute:
         plan = make_plan(job, cluster, mesh, rows, recompute)
         if plan.fits:
             break
@@ -77,13 +85,14 @@ def meshes(job: Job, devices: int) -> Iterator[Mesh]:
                             yield mesh
 
 
-def divisors(number: int) -> list[int]:
+@lru_cache
+def divisors(number: int) -> tuple[int, ...]:
     """From 1 up."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
-def _expert_ranks(model: ModelConfig, ranks: int) -> list[int]:
-    return [d for d in divisors(ranks) if model.moe.num_experts % d == 0] if model.moe else [1]
+def _expert_ranks(model: ModelConfig, ranks: int) -> tuple[int, ...]:
+    return divisors(math.gcd(ranks, model.moe.num_experts)) if model.moe else (1,)
 
 
 def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
@@ -91,28 +100,52 @@ def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
 
     For each number of rows the one that computes least again, for it is the fastest.
     """
-    fitting = []
+    if _state(job, mesh) > cluster.memory:
+        return None
+    fitting, kinds = [], job.recompute
     for rows in divisors(job.step_rows // mesh.dp):
-        plans = (make_plan(job, cluster, mesh, rows, recompute) for recompute in RECOMPUTE)
-        plan = next((plan for plan in plans if plan.fits), None)
-        if plan is None:
-            break  # more rows need more
-        fitting.append(plan)
-    return min(fitting, key=_merit, default=None)
+        for number, recompute in enumerate(kinds):
+            plan = make_plan(job, cluster, mesh, rows, recompute)
+            if plan.fits:
+                fitting.append(plan)
+                kinds = kinds[number:]  # more rows need more
+                break
+        else:
+            break
+    return min(fitting, key=merit, default=None)
 
 
-def _least(job: Job, cluster: Cluster, mesh: Mesh) -> Plan:
-    """The plan of a mesh that needs least memory, or nearly."""
-    return make_plan(job, cluster, mesh, 1, "full")
+def _least_seconds(job: Job, cluster: Cluster, mesh: Mesh) -> float:
+    """Of a step of a mesh, however many rows are in a micro-batch and whether they fit or not.
+
+    What waits is least when all rows are in one micro-batch, and the bubble when each has its own.
+    """
+    rows = job.step_rows // mesh.dp
+    time = step_time(make_work(job, mesh, rows, job.recompute[0]), cluster)
+    exposed = time.compute + time.tp + time.cp + time.ep
+    return exposed + exposed * (mesh.pp - 1) / rows
 
 
-def _merit(plan: Plan) -> tuple[float, ...]:
+def _state(job: Job, mesh: Mesh) -> int:
+    """Bytes of weights and one moment in the first stage: every plan of a mesh needs more."""
+    return 8 * stage_shares(job.model, mesh, 0).kept
+
+
+def merit(plan: Plan) -> tuple[float, ...]:
     """Less is better: time to three digits, then what is computed again, then dimensions in use,
     then memory."""
     mesh = plan.work.mesh
     used = sum(getattr(mesh, name) > 1 for name in (*ORDER, "ep"))
-    seconds = float(f"{plan.time.total:.3g}")
-    return seconds, RECOMPUTE.index(plan.work.recompute), used, plan.memory.total
+    return (
+        _three_digits(plan.time.total),
+        RECOMPUTE.index(plan.work.recompute),
+        used,
+        plan.memory.total,
+    )
+
+
+def _three_digits(seconds: float) -> float:
+    return float(f"{seconds:.3g}")
 
 
 def _why_not(job: Job, cluster: Cluster) -> str:
@@ -123,6 +156,7 @@ def _why_not(job: Job, cluster: Cluster) -> str:
             f"no mesh of {cluster.devices} devices divides the model and the {job.step_rows} rows "
             "of a step (rows x accumulation); choose a number of devices with more factors of two"
         )
+    amount = {"none": "no"}.get(nearest.work.recompute, nearest.work.recompute)
     need = nearest.memory.total / (1 - job.headroom)
     helps = [f"devices of {need / 1e9:,.0f} GB"]
     more = cluster.devices * 2
@@ -136,16 +170,21 @@ def _why_not(job: Job, cluster: Cluster) -> str:
         more *= 2
     return (
         f"nothing fits {cluster.devices} x {cluster.memory / 1e9:,.0f} GB: the nearest mesh, "
-        f"{describe(nearest.work.mesh)} with full recomputation and one row a micro-batch, needs "
+        f"{describe(nearest.work.mesh)} with {amount} recomputation and one row a "
+        "micro-batch, needs "
         f"{nearest.memory.total / 1e9:,.1f} GB and {job.headroom:.0%} to spare; "
         f"{' or '.join(helps)} would do"
     )
 
 
 def _nearest(job: Job, cluster: Cluster) -> Plan | None:
-    """The plan that needs least memory; None, where no mesh can be."""
-    least = (_least(job, cluster, mesh) for mesh in meshes(job, cluster.devices))
-    return min(least, key=lambda plan: plan.memory.total, default=None)
+    """The plan that needs least memory, or nearly; None, where no mesh can be."""
+    best = None
+    for mesh in meshes(job, cluster.devices):
+        if best is None or _state(job, mesh) < best.memory.total:
+            plan = make_plan(job, cluster, mesh, 1, job.recompute[-1])
+            best = plan if best is None else min(best, plan, key=lambda p: p.memory.total)
+    return best
 
 
 def describe(mesh: Mesh) -> str:

@@ -15,13 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen2.train.plan_memory import (
-    Work,
-    layer_parameters,
-    root_parameters,
-    stage_layers,
-    stages_that_differ,
-)
+from qwen2.train.plan_memory import Work, stages_that_differ
+from qwen2.train.plan_parameters import stage_layers, stage_shares
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Traffic:
 
     fsdp: float  # all-gathers of weights, twice a micro-batch, and reduce-scatters of gradients
     hsdp: float  # all-reduce of the gradients between replicas, once a step
-    tp: float  # all-gathers and reduce-scatters of a layer's tokens
+    tp: float  # all-gathers and reduce-scatters of a layer's tokens, all-reduces of gradients
     cp: float  # all-to-alls of heads
     ep: float  # all-to-alls of tokens
     pp: float  # activations to the next stage, gradients to the one before
@@ -89,20 +84,20 @@ def traffic(work: Work, stage: int = 0) -> Traffic:
     layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
     first, last = stage == 0, stage == mesh.pp - 1
     passes = 3 if work.recompute == "full" else 2  # over a layer: forward, again, backward
-    own = layer_parameters(model) * layers + root_parameters(model, first, last)
-    dense, experts = own.split / tp + own.whole, own.experts / tp
-    gathered = dense * _ring(mesh.fsdp) + experts / mesh.ep * _ring(mesh.fsdp // mesh.ep)
-    replicas = mesh.dp_replicate
+    own = stage_shares(model, mesh, stage)
+    gathered = own.dense * _ring(mesh.fsdp) + own.experts * _ring(mesh.fsdp * tp // mesh.ep)
+    replicas, moe = mesh.dp_replicate, model.moe
     keys = model.head_dim * max(model.num_key_value_heads, tp * cp)
     exchanged = (2 * C + 2 * keys) / tp  # q and the output, k and v
-    moe = model.moe
-    rows = 2 * n * moe.num_experts_per_tok * C * b if moe else 0  # sent and returned
+    rows = 2 * n / tp * moe.num_experts_per_tok * C * b if moe else 0  # sent and returned
+    gathers = 2 if moe else 4  # and scatters, of a layer: a mixture needs none
     ends = 2 * (first + last)  # of the embedding and the head, forward and backward
     return Traffic(
         # Weights in the compute dtype before each of the two passes, gradients in fp32.
         fsdp=M * (2 * b + 4) * gathered if mesh.fsdp > 1 else 0,
-        hsdp=2 * _ring(replicas) * 4 * own.kept(mesh),
-        tp=M * (4 * passes * layers + ends) * n * C * b * _ring(tp),
+        hsdp=2 * _ring(replicas) * 4 * own.kept,
+        # Gradients of what all ranks have alike are summed over them.
+        tp=M * ((gathers * passes * layers + ends) * n * C + 2 * own.whole) * b * _ring(tp),
         cp=M * passes * layers * n * exchanged * b * _ring(cp),
         ep=M * passes * layers * rows * _ring(mesh.ep),
         pp=M * n * C * b / tp * ((not first) + (not last)),
@@ -125,7 +120,7 @@ def _stage_time(work: Work, cluster: Cluster, stage: int) -> StepTime:
     hsdp = sent.hsdp / ring_bandwidth(cluster, mesh.dp_replicate, copies)
     tp = sent.tp / ring_bandwidth(cluster, mesh.tp, 1)
     cp = sent.cp / exchange_bandwidth(cluster, mesh.cp, mesh.tp)
-    ep = sent.ep / exchange_bandwidth(cluster, mesh.ep, mesh.tp)
+    ep = sent.ep / exchange_bandwidth(cluster, mesh.ep, 1)
     pp = sent.pp / exchange_bandwidth(cluster, mesh.pp, copies * mesh.dp_replicate)
     exposed = compute + tp + cp + ep
     bubble = exposed * (mesh.pp - 1) / work.micro_batches

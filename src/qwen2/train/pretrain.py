@@ -128,7 +128,7 @@ def pretrain(recipe: PretrainRecipe) -> StageResult:
     first = recipe.first_weights()
     shards, tokenizer = open_data(recipe, first.config, recipe.init or "model")
     with world_of(recipe, first.config) as world:
-        loader = build_loader(recipe, shards, world.dp_rank, world.mesh.dp)
+        loader = build_loader(recipe, shards, world.dp_rank, world.mesh.dp, world.mesh.pp)
         claim(recipe)
         torch.manual_seed(recipe.seed)
         trainee = make_trainee(first, recipe, world)
@@ -136,9 +136,9 @@ def pretrain(recipe: PretrainRecipe) -> StageResult:
 
 
 def build_loader(
-    recipe: PretrainRecipe, shards: Shards, rank: int = 0, world_size: int = 1
+    recipe: PretrainRecipe, shards: Shards, rank: int = 0, world_size: int = 1, stages: int = 1
 ) -> PhasedLoader:
-    """The batches of `recipe` for one rank of those that share its steps.
+    """The batches of `recipe` for one of the ranks that share its steps, each with `stages`.
 
     Raises:
         UserError: its weights are not of these shards.
@@ -148,7 +148,7 @@ def build_loader(
     tokens = [sum(s.steps * s.step_tokens for s in group) for group in groups]
     how = recipe.seed, rank, world_size, recipe.packing
     firsts = [group[0] for group in groups]
-    shared = [stretch.shared(world_size) for stretch in plan]
+    shared = [stretch.shared(world_size, stages) for stretch in plan]
     weights = [first.weights for first in firsts if first.weights is not None]
     loaders: list[PackedLoader] = []
     if not weights:

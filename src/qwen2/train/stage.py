@@ -244,7 +244,7 @@ def world_of(recipe: StageRecipe, config: ModelConfig) -> Iterator[World]:
     with open_world(recipe.mesh, config, plan[0].context, recipe.device) as world:
         for stretch in plan:
             recipe.mesh.resolve(world.mesh.world_size, config, stretch.context)
-            stretch.shared(world.mesh.dp)
+            stretch.shared(world.mesh.dp, world.mesh.pp)
         yield world
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from qwen2.common.config import one_line
@@ -199,7 +199,7 @@ def open_world(
         dist.destroy_process_group()
 
 
-def _store_of_attempt(place: Place, environment: Mapping[str, str] = os.environ) -> dist.Store:
+def _store_of_attempt(place: Place, environment: Mapping[str, str] = os.environ) -> Store:
     """Where the ranks find each other.
 
     After a restart the store that torchrun keeps for its processes still has the addresses of those
