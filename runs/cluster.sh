@@ -9,7 +9,7 @@ set -euo pipefail
 
 start() {
   torchrun --nnodes "$NODES" --nproc-per-node 8 \
-    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$(basename "$1")" --max-restarts 3 \
+    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$(basename "$1")" "${surviving[@]}" \
     -m qwen2.cli train "$@"
 }
 

@@ -15,10 +15,11 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], str | None]]:
+def stop_on_signals(*, once: bool = True) -> Iterator[Callable[[], str | None]]:
     """Inside the block these signals are only noted: the yielded function says which came.
 
-    The second signal has its usual effect. Outside the main thread, where Python can set no
+    The second signal has its usual effect, unless `once` is false: a process that torchrun started
+    may hear of the same one from several sides. Outside the main thread, where Python can set no
     handlers, nothing is caught.
     """
     caught: list[str] = []
@@ -28,7 +29,8 @@ def stop_on_signals() -> Iterator[Callable[[], str | None]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
+        if once:
+            signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in STOPPING}
     for number in before:

@@ -83,19 +83,6 @@ def read_asked(values: dict[str, Any], where: str) -> Asked:
     )
 
 
-def check_rows(mesh: Mesh, step_rows: int) -> None:
-    """Whether the ranks of a resolved mesh can share the rows of a step.
-
-    Raises:
-        UserError: they cannot.
-    """
-    if step_rows % mesh.dp:
-        raise UserError(
-            f"mesh: its {mesh.dp} ranks with rows of their own cannot share the {step_rows} "
-            "rows of a step (rows x accumulation); choose a divisor, or another accumulation"
-        )
-
-
 def _shape(recipe: StageRecipe, promised: Any, where: str) -> ModelConfig:
     """The shape that is trained, as its stage has it."""
     assert isinstance(recipe, PretrainRecipe | LongContextRecipe)
@@ -112,13 +99,5 @@ def _shape(recipe: StageRecipe, promised: Any, where: str) -> ModelConfig:
                 f"{error}; before it is there, give its shape beside it, such as "
                 "model.published=57b-a14b"
             ) from None
-    if isinstance(recipe, PretrainRecipe):
-        return model
-    return model.model_copy(
-        update={
-            "rope_theta": recipe.rope_theta,
-            "max_position_embeddings": recipe.context,
-            "yarn": None,
-            "dual_chunk": None,
-        }
-    )
+    changes = recipe.changes if isinstance(recipe, LongContextRecipe) else {}
+    return model.model_copy(update=changes)

@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor
 
 from qwen2.common.runtime import parse_dtype
 from qwen2.model.config import BYTES, ModelConfig
-from qwen2.model.decoder import Qwen2
-from qwen2.train.asked import Asked, check_rows
+from qwen2.model.weights import on_meta
+from qwen2.train.asked import Asked
 from qwen2.train.mesh import Mesh
-from qwen2.train.parallelise import parallelise
-from qwen2.train.stage import StageRecipe, make_trainee
+from qwen2.train.precision import MasterWeights
+from qwen2.train.stage import StageRecipe, divided
 from qwen2.train.world import World
 
 SHARDED = ("fsdp", "efsdp")
@@ -81,36 +81,34 @@ def dry_run(asked: Asked, world_size: int) -> DryRun:
     model, given = asked.model, asked.mesh or Mesh()
     for stretch in asked.recipe.plan:
         mesh = given.resolve(world_size, model, stretch.context)
-        check_rows(mesh, stretch.rows * stretch.accumulation)
+        stretch.shared(mesh.dp, mesh.pp)
     ranks = range(0, world_size, world_size // mesh.pp)
     return DryRun(model, mesh, [holding(asked, mesh, rank) for rank in ranks])
 
 
 def holding(asked: Asked, mesh: Mesh, rank: int) -> Holding:
     """What one rank of a resolved mesh keeps."""
-    with torch.device("meta"):
-        model = Qwen2(asked.model)
     if mesh.world_size == 1:
-        return _alone(model, asked.recipe)
+        return _alone(asked.model, asked.recipe)
     with _pretended_group(rank, mesh.world_size):
-        return _shared(model, mesh, asked.recipe, rank * mesh.pp // mesh.world_size)
+        return _shared(asked.model, mesh, asked.recipe, rank * mesh.pp // mesh.world_size)
 
 
-def _alone(model: Qwen2, recipe: StageRecipe) -> Holding:
+def _alone(config: ModelConfig, recipe: StageRecipe) -> Holding:
     """Of a run in one process: the model in the compute dtype, beside its masters."""
-    trainee = make_trainee(model, recipe)
-    masters = list(trainee.weights.masters.values())
+    model = on_meta(config)
+    named = MasterWeights(model, parse_dtype(recipe.dtype)).masters
+    masters = list(named.values())
     every = {id(p): p for p in (*masters, *model.parameters())}  # in fp32 they are the same
-    gradients, state = _update(masters, trainee.optimizer)
+    gradients, state = _update(masters, recipe.optimizer.build(named))
     parameters = sum(p.numel() for p in masters)
     return Holding(0, parameters, _bytes(every.values()), gradients, state, {})
 
 
-def _shared(model: Qwen2, mesh: Mesh, recipe: StageRecipe, stage: int) -> Holding:
+def _shared(config: ModelConfig, mesh: Mesh, recipe: StageRecipe, stage: int) -> Holding:
     """Of this rank among those of the default group."""
-    world = World(mesh, torch.device("cpu"))
-    parallelise(model, world, parse_dtype(recipe.dtype))
-    named = dict(model.named_parameters())
+    loss = divided(config, recipe, World(mesh, torch.device("cpu")))
+    named = dict(loss.model.named_parameters())
     gradients, state = _update(named.values(), recipe.optimizer.build(named))
     parameters = sum(_local(p).numel() for p in named.values())
     gathered = _gathered(named, BYTES[recipe.dtype])

@@ -10,7 +10,7 @@ again afterwards, on top of the new length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -50,15 +50,19 @@ class LongContextRecipe(StageRecipe):
     """How many of the long documents of `held_out` are read for perplexity by position, which is
     measured before and after: 2M tokens at 32,768 each."""
 
-    def first_weights(self) -> FirstWeights:
-        """Those of `init`, for the new context."""
-        changes = {
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What becomes of the configuration of `init`."""
+        return {
             "rope_theta": self.rope_theta,
             "max_position_embeddings": self.context,
             "yarn": None,
             "dual_chunk": None,
         }
-        return StoredWeights(self.init, tuple(changes.items()))
+
+    def first_weights(self) -> FirstWeights:
+        """Those of `init`, for the new context."""
+        return StoredWeights(self.init, tuple(self.changes.items()))
 
 
 def long_context(
@@ -88,7 +92,8 @@ def long_context(
         if before is not None:
             from_first(before)
         torch.manual_seed(recipe.seed)
-        loader = build_loader(recipe, before_it, shards, world.dp_rank, world.mesh.dp, world.mesh.pp)
+        mesh = world.mesh
+        loader = build_loader(recipe, before_it, shards, world.dp_rank, mesh.dp, mesh.pp)
         trainee = make_trainee(first, recipe, world)
         return run_stage(recipe, trainee, loader, tokenizer)
 

@@ -106,7 +106,8 @@ class Run:
             UserError: too many non-finite batches in a row, or the disk is full.
         """
         progress = Progress(self.stage, steps, start=self.state.step, quiet=not self.world.is_first)
-        with stop_on_signals() as stopped, progress, self._watch(steps) as self.watchers:
+        alone = not self.world.views
+        with stop_on_signals(once=alone) as stopped, progress, self._watch(steps) as self.watchers:
             stop = self.world.any(bool(stopped()))
             while self.state.step < steps and not stop:
                 line = self._step()

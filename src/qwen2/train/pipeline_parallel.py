@@ -33,7 +33,7 @@ from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.loss import OutputZ
 from qwen2.train.packed_loss import PackedLoss
-from qwen2.train.plan_memory import stage_layers
+from qwen2.train.plan_parameters import stage_layers
 from qwen2.train.router import RouterLosses
 from qwen2.train.world import World
 

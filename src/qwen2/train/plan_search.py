@@ -16,8 +16,8 @@ from functools import lru_cache
 
 from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
-from qwen2.train.asked import check_rows
 from qwen2.train.mesh import ORDER, Mesh
+from qwen2.train.phases import Stretch
 from qwen2.train.plan import Job, Plan, make_plan, make_work
 from qwen2.train.plan_memory import RECOMPUTE
 from qwen2.train.plan_parameters import stage_shares
@@ -58,11 +58,9 @@ def own_plan(job: Job, cluster: Cluster) -> Plan:
     """
     assert job.mesh
     mesh = job.mesh.resolve(cluster.devices, job.model, job.context)
-    check_rows(mesh, job.step_rows)
-    each = job.step_rows // mesh.dp
-    rows = job.rows if each % job.rows == 0 else max(r for r in divisors(each) if r <= job.rows)
+    own = Stretch(0, 0, job.context, job.rows, job.step_rows // job.rows).shared(mesh.dp, mesh.pp)
     for recompute in job.recompute:
-        plan = make_plan(job, cluster, mesh, rows, recompute)
+        plan = make_plan(job, cluster, mesh, own.rows, recompute)
         if plan.fits:
             break
     return plan
@@ -74,7 +72,7 @@ def meshes(job: Job, devices: int) -> Iterator[Mesh]:
         for tp in divisors(devices // pp):
             for cp in divisors(devices // pp // tp):
                 dp = devices // pp // tp // cp
-                if job.step_rows % dp:
+                if job.step_rows % dp or job.step_rows // dp < pp:
                     continue
                 for shard in divisors(dp):
                     for ep in _expert_ranks(job.model, shard * cp):
@@ -103,7 +101,10 @@ def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
     if _state(job, mesh) > cluster.memory:
         return None
     fitting, kinds = [], job.recompute
-    for rows in divisors(job.step_rows // mesh.dp):
+    own = job.step_rows // mesh.dp
+    for rows in divisors(own):
+        if own // rows < mesh.pp:  # a micro-batch for each stage
+            break
         for number, recompute in enumerate(kinds):
             plan = make_plan(job, cluster, mesh, rows, recompute)
             if plan.fits:
