@@ -26,7 +26,8 @@ from qwen2.common.signals import stop_on_signals
 from qwen2.model.decoder import Qwen2
 from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
-from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
+from qwen2.train.checkpointer import Checkpointer
+from qwen2.train.checkpoints import RunState, load_checkpoint
 from qwen2.train.flops import step_flops
 from qwen2.train.loss import IGNORE, OutputZ
 from qwen2.train.metrics import MetricsFile
@@ -59,6 +60,8 @@ class LoopSettings(WatchSettings):
     max_skips: int = Field(default=5, gt=0)  # non-finite batches in a row that end the run
     checkpoint_every: int = Field(default=500, gt=0)  # steps
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
+    keep_every: int | None = Field(default=None, gt=0)  # steps; checkpoints at multiples stay too
+    async_checkpoints: bool = False  # write them while training goes on, from a copy in memory
     evaluate_every: int = Field(default=500, gt=0)  # steps
     router_z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
     output_z_loss: float = Field(default=0, ge=0)  # of the head's; PaLM's is 1e-4
@@ -182,10 +185,13 @@ class Run:
         self.peak_flops = peak_flops
         self._enter = enter or (lambda _: settings.accumulation)
         self.state = RunState()
-        self.checkpoint = newest_checkpoint(out / "checkpoints")
-        if self.checkpoint is not None:
+        self.checkpoints = Checkpointer(
+            out / "checkpoints", settings.keep, settings.keep_every, settings.async_checkpoints
+        )
+        newest = self.checkpoints.newest()
+        if newest is not None:
             self.state, loader_state = load_checkpoint(
-                self.checkpoint, trainee.weights.masters, trainee.optimizer
+                newest, trainee.weights.masters, trainee.optimizer
             )
             trainee.weights.publish()
             loader.load_state_dict(loader_state)
@@ -202,7 +208,12 @@ class Run:
             UserError: too many non-finite batches in a row, or the disk is full.
         """
         progress = Progress(self.stage, steps, start=self.state.step)
-        with stop_on_signals() as stopped, progress, self._watch(steps) as self.watchers:
+        with (
+            stop_on_signals() as stopped,
+            progress,
+            self._watch(steps) as self.watchers,
+            self.checkpoints,
+        ):
             while self.state.step < steps and not stopped():
                 line = self._step()
                 progress.update(self.state.step, **{name: line[name] for name in SHOWN})
@@ -213,24 +224,29 @@ class Run:
             if (name := stopped()) and self.state.step < steps:
                 if self.state.step != self._saved:
                     self.save()
+                self.checkpoints.wait()
                 self.watchers.stop()
                 say(f"{name}: stopped at step {self.state.step} of {steps}; run again to go on")
                 return False
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, or begin to."""
         self.state.metrics_bytes = self.metrics.sync()
-        self.checkpoint = save_checkpoint(
-            self.out / "checkpoints",
+        self.checkpoints.save(
             self.state,
             self.trainee.weights.masters,
             self.trainee.optimizer,
             self.loader.state_dict(),
             self.settings,
-            self.settings.keep,
+            self.trainee.model.config,
         )
         self._saved = self.state.step
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint."""
+        return self.checkpoints.last
 
     def _step(self) -> dict[str, Any]:
         """One applied step, after passing over batches that are not finite; its metrics line."""

@@ -26,9 +26,9 @@ from qwen2.common.runtime import parse_dtype
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.extend import reconfigure
-from qwen2.model.hub import save
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import Shards
+from qwen2.train.export import export
 from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
 from qwen2.train.optimizers import OptimizerConfig
@@ -39,8 +39,8 @@ from qwen2.train.schedules import Cosine, Schedule
 from qwen2.train.tensorboard import require_tensorboard
 
 FREE = {
-    "out", "threads", "device", "activation_checkpointing", "keep", "checkpoint_every",
-    "evaluate_every", "tensorboard", "profile",
+    "out", "threads", "device", "activation_checkpointing", "keep", "keep_every",
+    "checkpoint_every", "async_checkpoints", "evaluate_every", "tensorboard", "profile",
 }  # fmt: skip
 """Keys that may change when a run resumes: none of them changes what is computed."""
 
@@ -164,7 +164,8 @@ def run_stage(
     finished = run.train(recipe.total_steps)
     exported = recipe.out / "model"
     if finished and not exported.exists():
-        save(trainee.model, tokenizer, exported)
+        assert run.checkpoint is not None  # of the last step
+        export(run.checkpoint, exported, tokenizer, parse_dtype(recipe.dtype))
     return StageResult(
         run.state.step,
         recipe.total_steps,

@@ -15,13 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qwen2.common.errors import UserError
-from qwen2.train import checkpoints
-from qwen2.train.checkpoints import (
-    RunState,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from qwen2.model.config import ModelConfig
+from qwen2.train import checkpointer
+from qwen2.train.checkpointer import Checkpointer, newest_checkpoint
+from qwen2.train.checkpoints import RunState, load_checkpoint
 from qwen2.train.loop import LoopSettings
 
 RunInRanks = Callable[..., list[Any]]
@@ -55,16 +52,21 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def save(folder: Path, seed: int = 0, step: int = 3) -> None:
+def save(folder: Path, seed: int = 0, step: int = 3, asynchronous: bool = False) -> None:
     masters, optimizer = trainee(seed)
     state = RunState(step, STATE.tokens, STATE.skipped, STATE.metrics_bytes)
-    save_checkpoint(folder, state, masters, optimizer, {"row": 5}, LoopSettings(), keep=2)
+    checkpoints = Checkpointer(folder, keep=2, asynchronous=asynchronous)
+    with checkpoints:
+        checkpoints.save(state, masters, optimizer, {"row": 5}, LoopSettings(), ModelConfig())
+        with torch.no_grad():
+            for master in masters.values():
+                master.zero_()
 
 
 def load(folder: Path) -> None:
     """What is read is what one process would have computed."""
     masters, optimizer = trainee(seed=7)
-    path = newest_checkpoint(folder)
+    path = Checkpointer(folder, keep=2).newest()
     assert path == folder / "step-00000003"
     assert load_checkpoint(path, masters, optimizer) == (STATE, {"row": 5})
     expected = {name: nn.Parameter(tensor) for name, tensor in whole(0).items()}
@@ -87,7 +89,7 @@ def save_where_one_rank_fails(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(checkpoints, "save_file", refuse)
+            patch.setattr(checkpointer, "write", refuse)
         with pytest.raises(UserError) as caught:
             save(folder, step=4)
     assert str(caught.value).startswith("rank 1: ") == (dist.get_rank() == 0)
