@@ -254,7 +254,7 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(
     with pytest.raises(UserError, match=message), checkpoints:
         save_with(checkpoints, trainee, 5)
     with pytest.raises(ZeroDivisionError), checkpoints:
-        print(1 // len(save_with(checkpoints, trainee, 6).parts[:0]))
+        assert 1 // len(save_with(checkpoints, trainee, 6).parts[:0])
     assert re.search(f"checkpoint not written: .*{message}", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == [good.name]
     assert checkpoints.last == good

@@ -111,9 +111,11 @@ def write(moment: Moment, folder: Path, group: Group = None) -> list[Path]:
 
     Every rank of `group` calls this; each writes what it holds.
     """
+    with together(group):  # before anyone waits for what another writes
+        for name in ("weights", "optimizer", "rng"):
+            (folder / name).mkdir(exist_ok=True)
     files = _write_tensors(folder / "weights", moment.weights, group)
     files += _write_tensors(folder / "optimizer", moment.optimizer, group)
-    (folder / "rng").mkdir(exist_ok=True)
     rng = _rng_of(folder, own_rank())
     rng.write_bytes(to_bytes({"torch": moment.rng}))
     files.append(rng)
@@ -188,7 +190,6 @@ class _Writer(HuggingFaceStorageWriter):
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> list[Path]:
     """Each rank's shards of `tensors`; the files that this rank wrote."""
-    folder.mkdir(exist_ok=True)
     if not tensors:  # an optimizer before its first step
         return []
     writer = _Writer(folder)
