@@ -66,7 +66,8 @@ def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
         process.stdin.write(json.dumps(values) + "\n")
         process.stdin.flush()
         answer: list[dict[str, Any]] = json.loads(process.stdout.readline())
-        assert not any("crashed" in told for told in answer), answer
+        if {"killed": True} not in answer:  # of which the others' connections break
+            assert not any("crashed" in told for told in answer), answer
         return answer
 
     yield send
@@ -209,7 +210,8 @@ def test_one_of_two_ranks(
         newest = newest_checkpoint(folder)
         assert newest is not None
         if error == KILL:
-            assert told == [{"killed": True}, {"killed": True}], (at, calls)
+            assert told[rank] == {"killed": True}, (at, calls)
+            assert told[1 - rank].keys() <= {"killed", "crashed"}
         else:
             assert all(f"the last good one is {newest};" in each["said"] for each in told)
         goes_on(folder, reference)
