@@ -169,7 +169,7 @@ def files_of(folder: Path) -> dict[str, Any]:
             if file.suffix == ".safetensors":
                 end = 8 + int.from_bytes(data[:8], "little")
                 header = json.loads(data[8:end])
-                sharding = header["__metadata__"].pop("DCP_SHARDING_INFO", "{}")
+                sharding = header.get("__metadata__", {}).pop("DCP_SHARDING_INFO", "{}")
                 files[file.relative_to(folder).as_posix()] = (
                     header,
                     json.loads(sharding),
@@ -302,13 +302,18 @@ def little_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_keeps_the_last_good_one(little_disk: Path, trainee: Trainee) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_keeps_the_last_good_one(
+    asynchronous: bool, little_disk: Path, trainee: Trainee
+) -> None:
     folder = little_disk / "checkpoints"
     good = save(folder, trainee, 1)
     size = sum(file.stat().st_size for file in good.rglob("*"))
     (little_disk / "ballast").write_bytes(bytes(shutil.disk_usage(little_disk).free - size // 2))
-    with pytest.raises(UserError, match=r"disk is full.*the last good one is .*step-00000001"):
-        save(folder, trainee, 2)
+    message = r"disk is full.*the last good one is .*step-00000001"
+    checkpoints = Checkpointer(folder, 9, None, asynchronous)
+    with pytest.raises(UserError, match=message), checkpoints:
+        save_with(checkpoints, trainee, 2)
     assert [p.name for p in folder.iterdir()] == [good.name]
     assert newest_checkpoint(folder) == good
     metrics = MetricsFile(little_disk / "metrics.jsonl")

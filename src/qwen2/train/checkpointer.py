@@ -86,8 +86,10 @@ class Checkpointer:
         """
         from_first(lambda: remove_leftovers(self.folder), self.group)
         self.last = newest_checkpoint(self.folder, self.group)
-        if self.last is not None:
-            self._damaged = {path for _, path in steps_in(self.folder) if path > self.last}
+        if self.last is not None:  # those after it were passed over
+            found = sorted(steps_in(self.folder))
+            paths = [path for _, path in found]
+            self._damaged = set(paths[paths.index(self.last) + 1 :])
         return self.last
 
     def save(

@@ -78,7 +78,7 @@ def export(
 
 def is_training(place: Path) -> bool:
     """Whether `place` is a run's folder or a training checkpoint, and no model."""
-    return (place / "checkpoints").is_dir() or (place / "weights").is_dir()
+    return _is_run(place) or all((place / name).is_dir() for name in ("weights", "optimizer"))
 
 
 def open_training(place: Path) -> Checkpoint:
@@ -90,7 +90,7 @@ def open_training(place: Path) -> Checkpoint:
     Raises:
         UserError: it is not whole, there is none, or its recipe cannot be read.
     """
-    if (place / "checkpoints").is_dir():
+    if _is_run(place):
         newest = newest_checkpoint(place / "checkpoints")
         if newest is None:
             raise UserError(f"{place}: no checkpoint yet")
@@ -109,6 +109,10 @@ def open_training(place: Path) -> Checkpoint:
 
     weights, dtype = _stored_weights(place / "weights"), parse_dtype(recipe["dtype"])
     return Checkpoint(place, read_config(place), weights, dtype, read_tokenizer)
+
+
+def _is_run(place: Path) -> bool:
+    return (place / "checkpoints").is_dir() and not (place / "config.json").exists()
 
 
 @dataclass(frozen=True)

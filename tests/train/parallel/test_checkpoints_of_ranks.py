@@ -126,6 +126,10 @@ def save_beside_collectives(folder: Path) -> None:
             state = replace(STATE, step=step)
             arguments = state, masters, optimizer, {"row": 5}, LoopSettings(), CONFIG
             checkpoints.save(*arguments)
+            if step == 3:
+                with torch.no_grad():
+                    for master in masters.values():
+                        master.zero_()
             for number in range(50):
                 mine = torch.tensor([float(number + dist.get_rank())])
                 dist.all_reduce(mine)

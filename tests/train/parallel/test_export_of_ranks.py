@@ -44,6 +44,9 @@ MOE = Mixture(
 def new_model(changes: dict[str, Any]) -> Qwen2:
     model = Qwen2(ModelConfig(**SHAPE, **changes))
     init_weights(model, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases are 0, and would see the smallest update
+            parameter.add_(1)
     return model
 
 
