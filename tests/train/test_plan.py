@@ -186,7 +186,7 @@ def test_the_search_finds_what_trying_everything_finds(
         (("72b",), 8, "nothing fits 8 x 80 GB: the nearest mesh, tp 8 .* 32 devices or devices of"),
         (("0.5b",), 11, "no mesh of 11 devices divides the model and the 1024 rows"),
         (("7b", "mesh.tp=3"), 8, "tp 3 is 6 ranks, but the world has 8"),
-        (("7b", "mesh.dp_shard=24"), 24, "its 24 ranks .* cannot share the 1024 rows"),
+        (("7b", "mesh.dp_shard=24"), 24, "4 x 256 rows, which 24 ranks cannot share evenly"),
         (("57b-a14b",), 8, "before it is there, give its shape beside it"),
         (("7b", "mesh.tq=3"), 8, "unknown key 'tq'"),
         (("long_context", "init=a/b/c", "out=b"), 8, "a/b/c: .*before it is there, give its shape"),

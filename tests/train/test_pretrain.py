@@ -29,7 +29,7 @@ from qwen2.pipeline.train import run_recipe
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.packing import NOTHING, Piece, pack
 from qwen2.tokens.shards import Shards
-from qwen2.train.checkpoints import newest_checkpoint
+from qwen2.train.checkpointer import newest_checkpoint
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.pretrain import PretrainRecipe, build_loader, pretrain
 from qwen2.train.step import Trainee, train_step, trained_lengths

@@ -25,7 +25,13 @@ OURS = ("int8", "int4")
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or a hub name.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a .gguf file, a hub name, a training run's folder or one of its "
+            "checkpoints."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="What to write; it must not exist.")],
     format: Annotated[
         Format | None,
@@ -41,17 +47,22 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write SOURCE as a folder that transformers, vLLM and this package load, or as a GGUF file."""
+    """Write SOURCE as a folder that transformers, vLLM and this package load, or as a GGUF file.
+
+    Of a training run it is the newest whole checkpoint; the run may be going on.
+    """
     import json
 
     from qwen2.common.errors import UserError
     from qwen2.model.hub import open_checkpoint
+    from qwen2.train.export import is_training, open_training
 
     if target.exists():
         raise UserError(f"{target}: exists already; choose another place or remove it")
     if format is None:
         format = Format.GGUF if target.suffix == ".gguf" else Format.HF
-    checkpoint = open_checkpoint(source)
+    training = is_training(Path(source))
+    checkpoint = open_training(Path(source)) if training else open_checkpoint(source)
     write = to_gguf if format is Format.GGUF else to_folder
     number_type = write(checkpoint, target, dtype, quantize)
     parameters = checkpoint.config.num_parameters()
@@ -65,10 +76,15 @@ def to_folder(checkpoint: Checkpoint, target: Path, dtype: str, quantize: str | 
     """Write a folder; the number type of its weights."""
     from qwen2.common.errors import UserError
     from qwen2.model.hub import save
+    from qwen2.train.export import export, is_training
 
     if quantize is not None and quantize not in OURS:
         raise UserError(f"quantize {quantize}: a folder takes int8 or int4; add --format gguf")
     tokenizer = checkpoint.tokenizer()
+    if quantize is None and is_training(checkpoint.path):
+        number_type = checkpoint.choose_dtype(dtype)
+        export(checkpoint.path, target, tokenizer, number_type)
+        return str(number_type).removeprefix("torch.")
     if quantize == "int4":
         from qwen2.model.calibrate import calibration_windows
 

@@ -51,11 +51,11 @@ def _run(path: Path, overrides: list[str], as_json: bool) -> None:
     import json
 
     from qwen2.pipeline.train import run_recipe
-    from qwen2.train.world import find_place
+    from qwen2.train.world import is_first_process
 
     result = run_recipe(path, overrides)
-    if (place := find_place()) and place.rank:
-        return  # the first one speaks for all
+    if not is_first_process():
+        return
     if as_json:
         print(json.dumps(dataclasses.asdict(result), default=str))
     elif result.finished:

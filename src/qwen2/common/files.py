@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from typing import Any
 from qwen2.common.errors import UserError
 
 MANIFEST = "manifest.json"
+
+Entry = dict[str, Any]
+"""What a manifest says of a file: `bytes` and `sha256`."""
 
 
 def durable_write(path: Path, data: bytes) -> None:
@@ -64,10 +67,13 @@ def durable_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def durable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def durable_folder(
+    target: Path, *, overwrite: bool = False, known: Mapping[str, Entry] | None = None
+) -> Iterator[Path]:
     """A temporary folder that becomes `target`, with a manifest, when the block ends well.
 
-    When the block raises, the temporary folder is removed and `target` is as it was.
+    When the block raises, the temporary folder is removed and `target` is as it was. `known`, which
+    may be filled in the block, is of files that others have flushed, see `write_manifest`.
 
     Raises:
         UserError: `target` exists and `overwrite` is false, or the disk is full.
@@ -81,7 +87,7 @@ def durable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            write_manifest(partial)
+            write_manifest(partial, known or {})
             if target.exists():
                 target.rename(retired)
             partial.rename(target)
@@ -95,15 +101,25 @@ def durable_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
 
 
-def write_manifest(folder: Path) -> None:
-    """Flush every file below `folder` and record sizes and sha256 in its manifest."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        fsync(path)
-        entries[path.relative_to(folder).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
-        }
+def write_manifest(folder: Path, known: Mapping[str, Entry]) -> None:
+    """Flush every file below `folder` and record sizes and sha256 in its manifest.
+
+    `known` has the entries of files that another process wrote, flushed and read for them.
+
+    Raises:
+        UserError: one of these is not there.
+    """
+    names = [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    ]
+    if unseen := known.keys() - set(names):
+        raise UserError(
+            f"{folder}: another process wrote {min(unseen)}, which is not there; all of them must "
+            "see the same file system"
+        )
+    entries = {name: known.get(name) or flushed_entry(folder / name) for name in sorted(names)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1))
     fsync(manifest)
@@ -111,23 +127,37 @@ def write_manifest(folder: Path) -> None:
         fsync(path)
 
 
-def verify_folder(folder: Path) -> str | None:
-    """Check `folder` against its manifest: None when whole, else what is wrong, in one line."""
+def flushed_entry(path: Path) -> Entry:
+    """What a manifest says of the file at `path`, whose bytes are on the disk then."""
+    fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def verify_folder(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Check `folder` against its manifest: None when whole, else what is wrong, in one line.
+
+    share: (i, n) checks the i-th of n shares of about as many bytes.
+    """
     manifest = folder / MANIFEST
     try:
-        entries: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
+        files: dict[str, Entry] = json.loads(manifest.read_text())["files"]
+        entries = [(name, int(e["bytes"]), str(e["sha256"])) for name, e in files.items()]
     except FileNotFoundError:
         return f"{folder}: no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{manifest}: not readable"
-    for name, entry in entries.items():
+    number, count = share
+    for name, size, sha256 in sorted(entries, key=lambda entry: entry[1])[number::count]:
         path = folder / name
-        if not path.is_file():
-            return f"{path}: missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path}: {path.stat().st_size} bytes, {entry['bytes']} expected"
-        if sha256_of(path) != entry["sha256"]:
-            return f"{path}: its sha256 is not the manifest's"
+        try:
+            if not path.is_file():
+                return f"{path}: missing"
+            if path.stat().st_size != size:
+                return f"{path}: {path.stat().st_size} bytes, {size} expected"
+            if sha256_of(path) != sha256:
+                return f"{path}: its sha256 is not the manifest's"
+        except OSError as error:
+            return f"{path}: {error.strerror}"
     return None
 
 
@@ -166,6 +196,18 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`: it has all its files until its name is gone, also if the process is killed.
+
+    Raises:
+        UserError: it may not be removed, or the disk fails.
+    """
+    gone = folder.with_name(f".{folder.name}.{os.getpid()}.partial")  # removed by the next start
+    with plain_errors(folder):
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
 def fsync(path: Path) -> None:
     """Have a file's bytes, or the names in a folder, on the disk before anything else is done."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -177,12 +219,12 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def plain_errors(target: Path) -> Iterator[None]:
-    """Errors in writing `target` in one line: a full disk, a place that may not be written."""
+    """Errors in writing `target` in one line: a full or failing disk, a place that is not ours."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{target}: the disk is full; nothing was changed") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
             raise UserError(f"{target}: cannot be written: {error.strerror}") from error
         raise

@@ -26,6 +26,7 @@ from qwen2.model.hub import load_model
 from qwen2.tokens.shards import Shards
 from qwen2.train.long_context import LongContextRecipe, long_context
 from qwen2.train.stage import StageResult
+from qwen2.train.world import is_first_process
 
 BEFORE, AFTER = "before", "after"
 
@@ -48,7 +49,7 @@ def run_long_context(recipe: LongContextRecipe) -> LongContextResult:
         return LongContextResult(**vars(long_context(recipe)))
     documents = LongDocuments(Shards(recipe.held_out), recipe.context, recipe.held_out_documents)
     result = long_context(recipe, before=lambda: _measure(recipe, BEFORE, recipe.init, documents))
-    if result.model is not None:
+    if result.model is not None and is_first_process():
         _measure(recipe, AFTER, result.model, documents)
     return LongContextResult(**vars(result), positions=recipe.out / "positions.json")
 

@@ -6,12 +6,13 @@ A checkpoint is a durable folder `step-00000100` with
     optimizer/    `{key}.{parameter name}` for each key of the optimizer's state
     rng/          of each rank, the state of torch's generator
     state.json    step, tokens, loader, length of the metrics file
+    config.json   the model's shape at this step
     recipe.yaml   what is being run
 
 Tensors are in safetensors files that torch.distributed.checkpoint writes and reads: every rank its
 own shards, with their places in the whole, so that a run may go on with any other number of ranks.
-There is no pickle in it: reading a foreign checkpoint runs no code. The newest one that is whole by
-its manifest is used; a damaged one is named and passed over.
+There is no pickle in it: reading a foreign checkpoint runs no code. checkpointer.py says when they
+are written and which are kept and used.
 """
 
 from __future__ import annotations
@@ -19,35 +20,40 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from qwen2.common.config import Config, one_line
 from qwen2.common.errors import UserError
-from qwen2.common.files import remove_leftovers, verify_folder
-from qwen2.common.progress import say
-from qwen2.model.hf_folder import plain_io_errors
-from qwen2.train.ranks import from_first, gather, own_rank, shared_folder
+from qwen2.model.config import ModelConfig
+from qwen2.model.hf_config import config_to_hf
+from qwen2.train.ranks import Group, from_first, gather, own_rank, together
 
 FILE_BYTES = 1 << 28
 """Of tensors in a file of weights or optimizer state: it stands in memory once more meanwhile."""
+
+# Not where they arise: who restores filters in a thread undoes what others set meanwhile.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", module=r"torch\.distributed")
 
 
 @dataclass
@@ -66,73 +72,61 @@ class RunState:
     """Of the last steps, where spikes are looked for."""
 
 
-def save_checkpoint(
-    folder: Path,
+@dataclass
+class Moment:
+    """What a checkpoint is written from; its tensors may be the run's own."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: Tensor
+    texts: dict[str, str]
+    """Files that the first rank writes, by name."""
+    recipe: Config
+
+
+def take(
     state: RunState,
     masters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     loader: dict[str, Any],
     recipe: Config,
-    keep: int,
-) -> Path:
-    """Write `folder`/step-N, then remove all checkpoints but it and the `keep` - 1 before it.
+    config: ModelConfig,
+) -> Moment:
+    """This moment of a run; no tensor is copied, but the generator's state."""
+    values = {"counters": asdict(state), "loader": loader}
+    return Moment(
+        state.step,
+        {name: master.detach() for name, master in masters.items()},
+        _by_key(masters, {name: optimizer.state.get(p, {}) for name, p in masters.items()}),
+        torch.get_rng_state(),
+        {
+            "state.json": json.dumps(values, indent=1),
+            "config.json": json.dumps(config_to_hf(config, "float32"), indent=2) + "\n",
+        },
+        recipe,
+    )
 
-    Those after it are removed too: the run went on from an older one because they were damaged.
-    Every rank calls this; each writes what it holds.
 
-    Raises:
-        UserError: the disk is full; the checkpoints already there are untouched, and named.
+def write(moment: Moment, folder: Path, group: Group = None) -> list[Path]:
+    """Write `moment` into `folder`, which is there; the files that this rank wrote.
+
+    Every rank of `group` calls this; each writes what it holds.
     """
-    target = folder / f"step-{state.step:08d}"
-    try:
-        with shared_folder(target) as partial, plain_io_errors():
-            _write_tensors(partial / "weights", {n: p.detach() for n, p in masters.items()})
-            _write_tensors(partial / "optimizer", _optimizer_tensors(masters, optimizer))
-            (partial / "rng").mkdir(exist_ok=True)
-            save_file(
-                {"torch": torch.get_rng_state()}, partial / f"rng/{own_rank():05d}.safetensors"
-            )
-            if own_rank() == 0:
-                values = {"counters": asdict(state), "loader": loader}
-                (partial / "state.json").write_text(json.dumps(values, indent=1))
-                recipe.save(partial / "recipe.yaml")
-    except UserError as error:
-        last = max(_steps(folder), default=None)
-        left = "there is none before it" if last is None else f"the last good one is {last[1]}"
-        raise UserError(f"{error}; {left}; make room, then run the same command again") from error
+    with together(group):  # before anyone waits for what another writes
+        for name in ("weights", "optimizer", "rng"):
+            (folder / name).mkdir(exist_ok=True)
+    files = _write_tensors(folder / "weights", moment.weights, group)
+    files += _write_tensors(folder / "optimizer", moment.optimizer, group)
+    rng = _rng_of(folder, own_rank())
+    rng.write_bytes(to_bytes({"torch": moment.rng}))
+    files.append(rng)
     if own_rank() == 0:
-        before = sorted((step, path) for step, path in _steps(folder) if step <= state.step)
-        stay = {path for _, path in before[-keep:]}
-        for _, path in list(_steps(folder)):
-            if path not in stay:
-                shutil.rmtree(path)
-    return target
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, after removing what a killed process left.
-
-    None when there are none at all; damaged ones are named and passed over. The first rank looks.
-
-    Raises:
-        UserError: all are damaged. Beginning again is not for the program to decide.
-    """
-    return from_first(lambda: _newest(folder))
-
-
-def _newest(folder: Path) -> Path | None:
-    if not folder.is_dir():
-        return None
-    remove_leftovers(folder)
-    found = sorted(_steps(folder), reverse=True)
-    for _, path in found:
-        problem = verify_folder(path)
-        if problem is None:
-            return path
-        say(f"checkpoint passed over: {problem}")
-    if found:
-        raise UserError(f"{folder}: no checkpoint is whole; remove the folder to begin again")
-    return None
+        for name, text in moment.texts.items():
+            (folder / name).write_text(text)
+        moment.recipe.save(folder / "recipe.yaml")
+        files += [folder / name for name in (*moment.texts, "recipe.yaml")]
+    return files
 
 
 def load_checkpoint(
@@ -151,14 +145,17 @@ def load_checkpoint(
         rng = load_file(own if own.exists() else _rng_of(path, 0))["torch"]
         values = json.loads((path / "state.json").read_text())
         state, loader = RunState(**values["counters"]), values["loader"]
-        weights, moments = _sizes(path / "weights"), _sizes(path / "optimizer")
+        weights, moments = from_first(
+            lambda: (_sizes(path / "weights"), _sizes(path / "optimizer"))
+        )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a training checkpoint: {one_line(error)}") from None
     _check(path, weights, masters)
     state_of = _new_state(path, moments, weights, masters)
     with torch.no_grad():
         _read_tensors(path / "weights", {n: p.detach() for n, p in masters.items()})
-        _read_tensors(path / "optimizer", _by_key(masters, state_of))
+        if moments:
+            _read_tensors(path / "optimizer", _by_key(masters, state_of))
     optimizer.state.clear()
     for name, values_of in state_of.items():
         optimizer.state[masters[name]] = values_of
@@ -166,29 +163,49 @@ def load_checkpoint(
     return state, loader
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Each rank's shards of `tensors`, in files of about `FILE_BYTES`."""
-    folder.mkdir(exist_ok=True)
+class _Writer(HuggingFaceStorageWriter):
+    """Writes each rank's shards into its own files of about `FILE_BYTES`, and knows which."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.folder = folder
+        self.files: list[Path] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        # The plan's own division is the first rank's, by whole tensors and those that it has.
+        number, size, file_of = 1, 0, dict[str, int]()
+        for item in plan.items:
+            assert item.tensor_data is not None
+            bytes_ = (
+                item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+            )
+            if size and size + bytes_ > FILE_BYTES:
+                number, size = number + 1, 0
+            file_of[item.index.fqn] = number
+            size += bytes_
+        own = {**plan.storage_data, "fqn_to_index_mapping": file_of}
+        written = super().write_data(replace(plan, storage_data=own), planner)
+        names = {result.storage_data.relative_path for result in written.value()}
+        self.files = [self.folder / name for name in sorted(names)]
+        return written
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> list[Path]:
+    """Each rank's shards of `tensors`; the files that this rank wrote."""
     if not tensors:  # an optimizer before its first step
-        return
-    number, size, file_of = 1, 0, {}
-    # Of all ranks: torch takes the first one's files for all, but in a pipeline tensors differ.
-    every = gather({name: tensor.nbytes for name, tensor in tensors.items()})
-    for name, bytes_ in {name: b for own in every for name, b in own.items()}.items():
-        if size and size + bytes_ > FILE_BYTES:
-            number, size = number + 1, 0
-        file_of[name], size = number, size + bytes_
-    writer = HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
+        return []
+    writer = _Writer(folder)
     with _its_own_errors():
-        save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        alone = not dist.is_initialized()
+        save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+    return writer.files
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` from `folder`, in place."""
-    if tensors:
-        reader = HuggingFaceStorageReader(str(folder))
-        with _its_own_errors():
-            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    reader = HuggingFaceStorageReader(str(folder))
+    with _its_own_errors():
+        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def _sizes(folder: Path) -> dict[str, torch.Size]:
@@ -202,23 +219,17 @@ def _sizes(folder: Path) -> dict[str, torch.Size]:
 def _check(
     path: Path, weights: Mapping[str, torch.Size], masters: Mapping[str, nn.Parameter]
 ) -> None:
+    """The ranks together have the weights of `path`: one of a pipeline has those of its stage."""
     names = {name for own in gather(list(masters)) for name in own}
     if weights.keys() != names:
         name = min(weights.keys() ^ names)
         raise UserError(f"{path}: {name} is only in {'it' if name in weights else 'the model'}")
-    for name, master in masters.items():
-        if weights[name] != master.shape:
-            raise UserError(
-                f"{path}: {name} is {list(weights[name])}, the model's {list(master.shape)}"
-            )
-
-
-def _optimizer_tensors(
-    masters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    return _by_key(
-        masters, {name: optimizer.state.get(master, {}) for name, master in masters.items()}
-    )
+    with together():
+        for name, master in masters.items():
+            if weights[name] != master.shape:
+                raise UserError(
+                    f"{path}: {name} is {list(weights[name])}, the model's {list(master.shape)}"
+                )
 
 
 def _by_key(
@@ -243,12 +254,11 @@ def _new_state(
         key, _, name = full.partition(".")
         if name not in weights:
             raise UserError(f"{path}: optimizer state of {name!r}, which the model has not")
-        if name not in masters:  # of another stage
-            continue
-        master = masters[name].detach()
-        # What has the weight's shape is laid out as it is; a step counter is every rank's own.
-        room = torch.zeros_like(master) if size == master.shape else master.new_zeros(size)
-        state.setdefault(name, {})[key] = room
+        if name in masters:
+            master = masters[name].detach()
+            # What has the weight's shape is laid out as it is; a step counter is every rank's own.
+            room = torch.zeros_like(master) if size == master.shape else master.new_zeros(size)
+            state.setdefault(name, {})[key] = room
     return state
 
 
@@ -256,9 +266,7 @@ def _new_state(
 def _its_own_errors() -> Iterator[None]:
     """Errors of torch's checkpoints as what they were raised as; a full disk as that."""
     try:
-        with warnings.catch_warnings():  # of a world of one, and of what is on its way in torch
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise cause from error
@@ -268,7 +276,8 @@ def _rng_of(folder: Path, rank: int) -> Path:
     return folder / f"rng/{rank:05d}.safetensors"
 
 
-def _steps(folder: Path) -> Iterator[tuple[int, Path]]:
+def steps_in(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Step and place of each checkpoint in `folder`, whole or not, in any order."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if found := re.fullmatch(r"step-(\d{8,})", path.name):
             yield int(found[1]), path

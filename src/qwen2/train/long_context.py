@@ -24,7 +24,7 @@ from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
 from qwen2.tokens.mixture import LongMixture
 from qwen2.train.first_weights import FirstWeights, StoredWeights
 from qwen2.train.phases import PhasedLoader
-from qwen2.train.ranks import from_first
+from qwen2.train.ranks import from_first, patient_group
 from qwen2.train.stage import (
     StageRecipe,
     StageResult,
@@ -90,7 +90,7 @@ def long_context(
     with world_of(recipe, first.config) as world:
         claim(recipe)
         if before is not None:
-            from_first(before)
+            from_first(before, patient_group())
         torch.manual_seed(recipe.seed)
         mesh = world.mesh
         loader = build_loader(recipe, before_it, shards, world.dp_rank, mesh.dp, mesh.pp)

@@ -20,7 +20,8 @@ from qwen2.common.progress import Progress, say
 from qwen2.common.runtime import peak_memory
 from qwen2.common.signals import stop_on_signals
 from qwen2.tokens.packing import PackedBatch
-from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
+from qwen2.train.checkpointer import Checkpointer
+from qwen2.train.checkpoints import RunState, load_checkpoint
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.spikes import SpikeSettings
@@ -54,6 +55,8 @@ class LoopSettings(WatchSettings):
     checkpoint_every: int = Field(default=500, gt=0)  # steps
     spike: SpikeSettings | None = None  # go back from a loss that is far too high, see spikes.py
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
+    keep_every: int | None = Field(default=None, gt=0)  # steps; checkpoints at multiples stay too
+    async_checkpoints: bool = False  # write them while training goes on, from a copy in memory
     evaluate_every: int = Field(default=500, gt=0)  # steps
     router_z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
     output_z_loss: float = Field(default=0, ge=0)  # of the head's; PaLM's is 1e-4
@@ -87,9 +90,12 @@ class Run:
         self.peak_flops = peak_flops * self.world.mesh.world_size
         self._enter = enter or (lambda _: settings.accumulation)
         self.state = RunState()
-        self.checkpoint = newest_checkpoint(out / "checkpoints")
-        if self.checkpoint is not None:
-            self._load(self.checkpoint)
+        self.checkpoints = Checkpointer(
+            out / "checkpoints", settings.keep, settings.keep_every, settings.async_checkpoints
+        )
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            self._load(newest)
         # A finished run is exported as its last step left it, so the next one is not entered yet.
         self._enter(max(self.state.step - 1, 0))
         self._saved = self.state.step
@@ -106,8 +112,12 @@ class Run:
             UserError: too many non-finite batches in a row, or the disk is full.
         """
         progress = Progress(self.stage, steps, start=self.state.step, quiet=not self.world.is_first)
-        alone = not self.world.views
-        with stop_on_signals(once=alone) as stopped, progress, self._watch(steps) as self.watchers:
+        with (
+            stop_on_signals(once=not self.world.views) as stopped,
+            progress,
+            self._watch(steps) as self.watchers,
+            self.checkpoints,
+        ):
             stop = self.world.any(bool(stopped()))
             while self.state.step < steps and not stop:
                 line = self._step()
@@ -122,6 +132,7 @@ class Run:
             if stop and self.state.step < steps:
                 if self.state.step != self._saved:
                     self.save()
+                self.checkpoints.wait()
                 self.watchers.stop()
                 where = f"stopped at step {self.state.step} of {steps}; run again to go on"
                 self._say(f"{stopped() or 'asked on another rank'}: {where}")
@@ -129,19 +140,23 @@ class Run:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, or begin to."""
         self.state.metrics_bytes = self.metrics.sync() if self.metrics else 0
-        self.checkpoint = save_checkpoint(
-            self.out / "checkpoints",
+        self.checkpoints.save(
             self.state,
             self.trainee.weights.masters,
             self.trainee.optimizer,
             self.loader.state_dict(),
             self.settings,
-            self.settings.keep,
+            self.trainee.model.config,
         )
         self._saved = self.state.step
         self._read = self._returns = 0
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint."""
+        return self.checkpoints.last
 
     def _step(self) -> dict[str, Any]:
         """One applied step, after passing over batches that are not finite; its metrics line."""
@@ -204,6 +219,7 @@ class Run:
                 "optimizer.lr, or look at the data"
             )
         self._returns += 1
+        self.checkpoints.wait()
         self._load(self.checkpoint)
         for _ in range(self._read + spike.skip):
             next(self.loader)

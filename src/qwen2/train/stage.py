@@ -30,10 +30,10 @@ from qwen2.common.files import read_text, remove_leftovers
 from qwen2.common.runtime import parse_dtype
 from qwen2.model.config import ModelConfig
 from qwen2.model.extend import reconfigure
-from qwen2.model.hub import save
 from qwen2.model.weights import on_meta
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import Shards
+from qwen2.train.export import export
 from qwen2.train.first_weights import FirstWeights
 from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.held_out import HeldOut
@@ -52,8 +52,9 @@ from qwen2.train.tensorboard import require_tensorboard
 from qwen2.train.world import World, open_world
 
 FREE = {
-    "out", "threads", "device", "activation_checkpointing", "keep", "checkpoint_every",
-    "evaluate_every", "held_out", "held_out_tokens", "tensorboard", "profile", "mesh",
+    "out", "threads", "device", "activation_checkpointing", "keep", "keep_every",
+    "checkpoint_every", "async_checkpoints", "evaluate_every", "held_out", "held_out_tokens",
+    "tensorboard", "profile", "mesh",
 }  # fmt: skip
 """Keys that may change when a run resumes: none of them changes what is computed, but for the order
 of sums."""
@@ -189,8 +190,14 @@ def run_stage(
     )
     finished = run.train(recipe.total_steps)
     exported = recipe.out / "model"
-    if finished and not exported.exists() and not world.views:
-        save(trainee.model, tokenizer, exported)
+
+    def export_once() -> None:
+        if not exported.exists():
+            assert run.checkpoint is not None  # of the last step
+            export(run.checkpoint, exported, tokenizer, parse_dtype(recipe.dtype))
+
+    if finished:
+        from_first(export_once, run.checkpoints.group)
     return StageResult(
         run.state.step,
         recipe.total_steps,

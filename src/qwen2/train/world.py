@@ -71,6 +71,12 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(*map(int, values))
 
 
+def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one of a run that writes and speaks for all."""
+    place = find_place(environment)
+    return place is None or place.rank == 0
+
+
 class World:
     """The ranks of a run over a resolved mesh, as one of them sees it.
 

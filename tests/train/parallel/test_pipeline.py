@@ -21,7 +21,8 @@ from torch import nn
 
 from qwen2.common.errors import UserError
 from qwen2.model.config import SlidingWindow
-from qwen2.train.checkpoints import RunState, load_checkpoint, save_checkpoint
+from qwen2.train.checkpointer import Checkpointer
+from qwen2.train.checkpoints import RunState, load_checkpoint
 from qwen2.train.loop import LoopSettings
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.packed_loss import PackedLoss
@@ -117,9 +118,11 @@ def trained(loss_of: PackedLoss) -> tuple[dict[str, nn.Parameter], torch.optim.O
 def save(folder: Path) -> None:
     """In a rank: two stages save what each of them has."""
     world = new_world({"pp": 2}, THREE)
-    masters, optimizer = trained(parallelise(new_model(THREE), world, torch.float32))
+    loss = parallelise(new_model(THREE), world, torch.float32)
+    masters, optimizer = trained(loss)
     assert ("model.layers.2.mlp.up_proj.weight" in masters) == (world.stage == 1)
-    save_checkpoint(folder, RunState(step=1), masters, optimizer, {}, LoopSettings(), keep=1)
+    checkpoints = Checkpointer(folder, keep=1)
+    checkpoints.save(RunState(step=1), masters, optimizer, {}, LoopSettings(), loss.model.config)
 
 
 def load(folder: Path, sizes: dict[str, int] | None = None) -> None:
