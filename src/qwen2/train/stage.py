@@ -22,13 +22,14 @@ from pydantic import Field, model_validator
 
 from qwen2.common.errors import UserError
 from qwen2.common.files import read_text, remove_leftovers
-from qwen2.common.runtime import parse_dtype
+from qwen2.common.runtime import fp32_products, parse_dtype
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2
 from qwen2.model.extend import reconfigure
 from qwen2.model.hub import save
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import Shards
+from qwen2.train.compiling import compiled
 from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
 from qwen2.train.optimizers import OptimizerConfig
@@ -40,7 +41,7 @@ from qwen2.train.tensorboard import require_tensorboard
 
 FREE = {
     "out", "threads", "device", "activation_checkpointing", "keep", "checkpoint_every",
-    "evaluate_every", "tensorboard", "profile",
+    "evaluate_every", "tensorboard", "profile", "compile",
 }  # fmt: skip
 """Keys that may change when a run resumes: none of them changes what is computed."""
 
@@ -59,7 +60,9 @@ class StageRecipe(LoopSettings):
     optimizer: OptimizerConfig
     schedule: Schedule = Cosine()
     dtype: Literal["bf16", "fp32"] = "bf16"
+    matmul: Literal["fp32", "rounded"] = "fp32"  # of fp32: to bf16 on the CPU, to TF32 on CUDA
     activation_checkpointing: Recompute = "none"
+    compile: bool = False  # what lies between products, see compiling.py
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
@@ -67,6 +70,12 @@ class StageRecipe(LoopSettings):
     @model_validator(mode="after")
     def _has_a_length(self) -> Self:
         assert self.plan
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_what_is_exact(self) -> Self:
+        if self.matmul == "rounded" and self.dtype != "fp32":
+            raise ValueError("matmul rounded: products in bf16 are so already; give dtype fp32")
         return self
 
     @property
@@ -150,18 +159,20 @@ def run_stage(
         reconfigure(trainee.model, config_of_phase(config, plan, number))
         return plan[number].accumulation
 
-    run = Run(
-        trainee,
-        loader,
-        recipe,
-        recipe.lr,
-        recipe.out,
-        recipe.stage,
-        measure_matmul_peak(trainee.model.dtype, device),
-        evaluate,
-        enter,
-    )
-    finished = run.train(recipe.total_steps)
+    rounded = recipe.matmul == "rounded"
+    with fp32_products(rounded, device), compiled(recipe.compile, device):
+        run = Run(
+            trainee,
+            loader,
+            recipe,
+            recipe.lr,
+            recipe.out,
+            recipe.stage,
+            measure_matmul_peak(trainee.model.dtype, device),
+            evaluate,
+            enter,
+        )
+        finished = run.train(recipe.total_steps)
     exported = recipe.out / "model"
     if finished and not exported.exists():
         save(trainee.model, tokenizer, exported)
