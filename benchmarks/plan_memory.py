@@ -61,15 +61,16 @@ def measured(exact: bool, dtype: str, rows: int, micro_batches: int = 1, **shape
     from qwen2.model.config import ModelConfig
     from qwen2.model.decoder import Qwen2, init_weights
     from qwen2.tokens.packing import PackedBatch
-    from qwen2.train.loop import Trainee, train_step
     from qwen2.train.optimizers import AdamWConfig
+    from qwen2.train.packed_loss import PackedLoss
     from qwen2.train.precision import MasterWeights
+    from qwen2.train.step import Trainee, train_step
 
     def train(config: ModelConfig, context: int) -> None:
         model = Qwen2(config)
         init_weights(model, torch.Generator().manual_seed(0))
         weights = MasterWeights(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-        trainee = Trainee(model, weights, AdamWConfig(lr=1e-4).build(weights.masters))
+        trainee = Trainee(PackedLoss(model), weights, AdamWConfig(lr=1e-4).build(weights.masters))
         tokens = torch.randint(config.vocab_size, (rows * context,))
         positions = torch.arange(context).repeat(rows)
         batch = PackedBatch(tokens, tokens.roll(-1), positions, [context] * rows)

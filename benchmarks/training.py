@@ -62,16 +62,17 @@ def ours(connection: Connection, folder: str, rows: list[list[int]]) -> None:
     from qwen2.common.runtime import keep_freed_memory
     from qwen2.model.hub import load_model
     from qwen2.tokens.packing import PackedBatch
-    from qwen2.train.loop import Trainee, train_step
     from qwen2.train.loss import IGNORE
     from qwen2.train.optimizers import AdamWConfig
+    from qwen2.train.packed_loss import PackedLoss
     from qwen2.train.precision import MasterWeights
+    from qwen2.train.step import Trainee, train_step
 
     keep_freed_memory()
     model = load_model(folder, dtype="fp32")
     weights = MasterWeights(model, torch.bfloat16)
     recipe = AdamWConfig(lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
-    trainee = Trainee(model, weights, recipe.build(weights.masters))
+    trainee = Trainee(PackedLoss(model), weights, recipe.build(weights.masters))
     for first in range(0, len(rows), ROWS):
         connection.recv()
         clock = Clock()

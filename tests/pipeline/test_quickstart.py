@@ -40,7 +40,7 @@ SMALL = [
     "upcycle={experts: 4, experts_per_token: 2, expert_size: 16, shared_size: 64}",
     "rows=2",
     "evaluated_kilobytes=4",
-    "watched_kilobytes=1",
+    "watched_tokens=256",
     "reserve_seconds=0",
 ]
 

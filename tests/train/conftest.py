@@ -16,9 +16,10 @@ from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.shards import write_shards
-from qwen2.train.loop import Trainee
 from qwen2.train.optimizers import AdamWConfig, MuonConfig
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.precision import MasterWeights
+from qwen2.train.step import Trainee
 
 VOCABULARY = 61
 TEXT = "To see a world in a grain of sand and a heaven in a wild flower. "
@@ -85,7 +86,7 @@ def new_trainee(small: ModelConfig) -> Callable[..., Trainee]:
         init_weights(model, torch.Generator().manual_seed(0))
         weights = MasterWeights(model, dtype)
         chosen = optimizer or AdamWConfig(lr=1e-2)
-        return Trainee(model, weights, chosen.build(weights.masters))
+        return Trainee(PackedLoss(model), weights, chosen.build(weights.masters))
 
     return make
 

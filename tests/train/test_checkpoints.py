@@ -22,9 +22,10 @@ from qwen2.train.checkpoints import (
     newest_checkpoint,
     save_checkpoint,
 )
-from qwen2.train.loop import LoopSettings, Trainee, train_step
+from qwen2.train.loop import LoopSettings
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.optimizers import AdamWConfig, MuonConfig
+from qwen2.train.step import Trainee, train_step
 
 
 @pytest.fixture

@@ -21,9 +21,11 @@ from qwen2.common.errors import UserError
 from qwen2.model.decoder import Qwen2
 from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.packing import PackedBatch
-from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee, batch_loss, train_step
+from qwen2.train.loop import Evaluate, LoopSettings, Run
 from qwen2.train.loss import IGNORE
 from qwen2.train.optimizers import AdamWConfig, MuonConfig
+from qwen2.train.packed_loss import PackedLoss
+from qwen2.train.step import Trainee, train_step
 
 NewTrainee = Callable[..., Trainee]
 NewLoader = Callable[..., PackedLoader]
@@ -102,11 +104,11 @@ def test_packed_documents_have_the_gradient_of_the_same_alone(
     assert len(batch.lengths) > 4
     count = int((batch.targets != IGNORE).sum())
     packed, alone = new_trainee(), new_trainee()
-    batch_loss(packed.model, batch).backward()
+    PackedLoss(packed.model)(batch).backward()
     parts = zip(*(x.split(batch.lengths) for x in (batch.tokens, batch.targets)), strict=True)
     for tokens, targets in parts:
         own = PackedBatch(tokens, targets, torch.arange(len(tokens)), [len(tokens)])
-        batch_loss(alone.model, own, count).backward()
+        PackedLoss(alone.model)(own, count).backward()
     for (name, a), b in zip(packed.model.named_parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -257,8 +259,8 @@ def test_evaluation_sees_a_model_without_gradients_and_is_logged(
 ) -> None:
     counter = itertools.count(1)
 
-    def evaluate(model: Qwen2) -> dict[str, Any]:
-        assert not model.training
+    def evaluate(loss: PackedLoss) -> dict[str, Any]:
+        assert not loss.model.training
         assert not torch.is_grad_enabled()
         return {"bits_per_byte": next(counter)}
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from qwen2.model.config import Mixture
 from qwen2.tokens.loader import PackedLoader
-from qwen2.train.loop import Trainee, train_step
 from qwen2.train.optimizers import (
     AdamWConfig,
     MuonConfig,
@@ -22,6 +21,7 @@ from qwen2.train.optimizers import (
     orthogonalise,
     parameter_groups,
 )
+from qwen2.train.step import Trainee, train_step
 
 MOE = Mixture(
     num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8

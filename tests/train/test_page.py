@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2.common.errors import UserError
-from qwen2.model.decoder import Qwen2
 from qwen2.tokens.loader import PackedLoader
 from qwen2.train import page as page_module
 from qwen2.train.curves import History
-from qwen2.train.loop import LoopSettings, Run, Trainee
+from qwen2.train.loop import LoopSettings, Run
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.page import Moment, Page, count, duration, render
+from qwen2.train.step import Trainee
 
 RECIPE = {"stage": "pretrain", "out": "/runs/mine", "clip": 1.0, "optimizer": {"lr": 0.01}}
 
@@ -300,7 +301,7 @@ def test_a_run_leaves_its_page(
 ) -> None:
     seen = []
 
-    def evaluate(model: Qwen2) -> dict[str, Any]:
+    def evaluate(loss: PackedLoss) -> dict[str, Any]:
         seen.append((tmp_path / "run.html").read_text())
         return {"code": 1.5}
 
@@ -316,7 +317,7 @@ def test_a_run_leaves_its_page(
 def test_a_run_that_fails_says_why(
     tmp_path: Path, new_trainee: NewTrainee, new_loader: NewLoader
 ) -> None:
-    def break_down(model: Qwen2) -> dict[str, Any]:
+    def break_down(loss: PackedLoss) -> dict[str, Any]:
         raise RuntimeError("no\nmore <memory>")
 
     with pytest.raises(RuntimeError):

@@ -26,7 +26,7 @@ from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.packing import PackedBatch
 from qwen2.tokens.shards import Shards, write_shards
 from qwen2.tokens.share_out import share_out
-from qwen2.train.loop import Trainee, batch_loss
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.phases import (
     Phase,
     PhasedLoader,
@@ -38,6 +38,7 @@ from qwen2.train.phases import (
 )
 from qwen2.train.pretrain import PretrainRecipe, build_loader, pretrain
 from qwen2.train.schedules import Linear
+from qwen2.train.step import Trainee
 
 PHASES: list[dict[str, Any]] = [
     {"steps": 2},
@@ -265,7 +266,7 @@ def test_a_run_goes_through_its_phases(phased: dict[str, Any], shards: Path) -> 
         batches = [next(at) for at in loader.before_step(step)]
         count = sum(len(batch.targets) for batch in batches)
         with torch.no_grad():
-            loss = sum(batch_loss(model, batch, count).item() for batch in batches)
+            loss = sum(PackedLoss(model)(batch, count).item() for batch in batches)
         assert lines[step]["loss"] == pytest.approx(loss, abs=1e-6), step
 
 

@@ -30,8 +30,9 @@ from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.packing import NOTHING, Piece, pack
 from qwen2.tokens.shards import Shards
 from qwen2.train.checkpoints import newest_checkpoint
-from qwen2.train.loop import Trainee, batch_loss, train_step, trained_lengths
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.pretrain import PretrainRecipe, build_loader, pretrain
+from qwen2.train.step import Trainee, train_step, trained_lengths
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -130,17 +131,20 @@ def wait_for_lines(out: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_0(recipe: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_0(
+    asked: signal.Signals, recipe: dict[str, Any], tmp_path: Path
+) -> None:
     out = Path(recipe["out"])
     recipe |= {"steps": 100_000, "checkpoint_every": 100_000}
     process = start(recipe, tmp_path)
     wait_for_lines(out, 4, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(asked)
     printed, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     result = json.loads(printed)
     assert not result["finished"]
-    assert "SIGTERM: stopped at step" in said
+    assert f"{asked.name}: stopped at step" in said
     assert newest_checkpoint(out / "checkpoints") == Path(result["checkpoint"])
     assert len(losses(out)) == result["step"]
 
@@ -315,7 +319,7 @@ def test_padding_does_not_count(new_trainee: Callable[..., Trainee]) -> None:
     ids = np.arange(20) % 7
     whole = pack([Piece(0, 0, 20)], lambda _: ids)
     padded = pack([Piece(0, 0, 20), Piece(NOTHING, 0, 12)], lambda _: ids)
-    assert batch_loss(model, padded).item() == pytest.approx(batch_loss(model, whole).item())
+    assert PackedLoss(model)(padded).item() == pytest.approx(PackedLoss(model)(whole).item())
     assert train_step(new_trainee(), [padded, whole], 0.0, 1.0).tokens == 40
     assert (padded.lengths, trained_lengths(padded)) == ([20, 12], [20])
 

@@ -13,8 +13,9 @@ import torch
 
 from qwen2.common.errors import UserError
 from qwen2.tokens.loader import PackedLoader
-from qwen2.train.loop import LoopSettings, Run, Trainee
+from qwen2.train.loop import LoopSettings, Run
 from qwen2.train.profiler import Profiler, ProfileSettings
+from qwen2.train.step import Trainee
 
 NewRun = Callable[..., Run]
 

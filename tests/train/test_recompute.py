@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen2.model.config import DualChunk, Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.tokens.packing import PackedBatch
-from qwen2.train.loop import batch_loss
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.recompute import Recompute, recompute_activations
 
 MOE = Mixture(
@@ -37,7 +37,7 @@ def batch() -> PackedBatch:
 
 
 def loss_and_gradients(model: Qwen2) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = batch_loss(model, batch())
+    loss = PackedLoss(model)(batch())
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -101,7 +101,7 @@ class Products(TorchDispatchMode):
 
 def products(model: Qwen2) -> int:
     with Products() as counted:
-        batch_loss(model, batch()).backward()
+        PackedLoss(model)(batch()).backward()
     return counted.count
 
 

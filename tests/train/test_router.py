@@ -15,9 +15,11 @@ import torch
 from qwen2.model.config import Mixture
 from qwen2.model.moe import Routing, expert_entropy
 from qwen2.tokens.loader import PackedLoader
-from qwen2.train.loop import LoopSettings, Run, Trainee, batch_loss, train_step
+from qwen2.train.loop import LoopSettings, Run
 from qwen2.train.loss import IGNORE
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.router import RouterLosses
+from qwen2.train.step import Trainee, train_step
 
 NewTrainee = Callable[..., Trainee]
 NewLoader = Callable[..., PackedLoader]
@@ -74,7 +76,7 @@ def test_the_logged_loss_is_the_cross_entropy(
 ) -> None:
     batch = next(new_loader())
     trainee = new_trainee(moe=mixture(router_aux_loss_coef=5.0))
-    expected = batch_loss(trainee.model, batch).item()
+    expected = PackedLoss(trainee.model)(batch).item()
     result = train_step(trainee, [batch], 1e-3, clip=1.0, router_z_loss=3.0)
     assert result.loss == pytest.approx(expected, abs=1e-6)
 
@@ -89,7 +91,7 @@ def test_the_gradient_is_that_of_the_three_losses(
     plain = new_trainee(moe=moe)
     for batch, weight in zip(batches, (0.25, 0.75), strict=True):
         routing = Routing(moe, CPU)
-        loss = batch_loss(plain.model, batch, count, routing)
+        loss = PackedLoss(plain.model)(batch, count, routing)
         routers = 0.5 * routing.balance_loss() + 0.125 * routing.z_loss()
         (loss + weight * routers).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in plain.model.parameters()])
@@ -134,7 +136,7 @@ def test_balance_trains_the_routers_towards_uniform(
     seen = []
     for _ in range(60):
         routing = Routing(moe, CPU)
-        batch_loss(model, next(loader), routing=routing)
+        PackedLoss(model)(next(loader), routing=routing)
         routing.balance_loss().backward()
         optimizer.step()
         optimizer.zero_grad()

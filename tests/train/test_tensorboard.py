@@ -14,8 +14,9 @@ import pytest
 from qwen2.common.errors import UserError
 from qwen2.tokens.loader import PackedLoader
 from qwen2.train import tensorboard
-from qwen2.train.loop import LoopSettings, Run, Trainee
+from qwen2.train.loop import LoopSettings, Run
 from qwen2.train.pretrain import PretrainRecipe, pretrain
+from qwen2.train.step import Trainee
 from qwen2.train.tensorboard import TensorBoard, scalars
 
 needs_tensorboard = pytest.mark.skipif(

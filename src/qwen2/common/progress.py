@@ -18,7 +18,7 @@ class Progress:
 
     Elsewhere than on a terminal, one JSON object a line, at most one every `interval` seconds and
     always the last: `{"stage", "done", "total", "elapsed_s", "eta_s", ...figures}`. `start` is what
-    an earlier process had done.
+    an earlier process had done. A quiet one says nothing: another process does.
     """
 
     def __init__(
@@ -28,14 +28,16 @@ class Progress:
         stream: TextIO | None = None,
         interval: float = 5.0,
         start: int = 0,
+        quiet: bool = False,
     ) -> None:
         self.stage, self.total, self.interval, self.start = stage, total, interval, start
         self.stream = stream or sys.stderr
+        self.quiet = quiet
         self.started = time.monotonic()
         self._last_line = -interval
         self._pending: dict[str, Any] | None = None
         self._bar: Bar | None = None
-        if self.stream.isatty():
+        if self.stream.isatty() and not quiet:
             self._bar = Bar(
                 TextColumn("{task.description:>12}"),
                 BarColumn(),
@@ -97,6 +99,8 @@ class Progress:
         }
 
     def _print(self, line: dict[str, Any]) -> None:
+        if self.quiet:
+            return
         self.stream.write(json.dumps(line) + "\n")
         self.stream.flush()
         self._pending = None

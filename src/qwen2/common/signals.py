@@ -1,4 +1,7 @@
-"""Stopping in good order: SIGTERM and Ctrl-C let the current step finish."""
+"""Stopping in good order: SIGTERM, SIGUSR1 and Ctrl-C let the current step finish.
+
+SIGUSR1 is what Slurm sends before the time of a job is over, when asked to.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str | None]]:
-    """Inside the block SIGTERM and SIGINT are only noted: the yielded function says which came.
+    """Inside the block these signals are only noted: the yielded function says which came.
 
     The second signal has its usual effect. Outside the main thread, where Python can set no
     handlers, nothing is caught.
@@ -25,7 +30,7 @@ def stop_on_signals() -> Iterator[Callable[[], str | None]]:
         caught.append(signal.Signals(number).name)
         signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     for number in before:
         signal.signal(number, note)
     try:

@@ -164,11 +164,16 @@ class Qwen2(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: Qwen2, generator: torch.Generator) -> None:
-    """Normal(0, initializer_range) for matrices, ones for norms, zeros for biases; in place."""
+    """Draw all parameters, in their order; in place."""
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        elif parameter.ndim == 1:
-            parameter.zero_()
-        else:
-            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
+        draw(name, parameter, model.config.initializer_range, generator)
+
+
+def draw(name: str, tensor: Tensor, deviation: float, generator: torch.Generator) -> None:
+    """Normal(0, deviation) for a matrix, ones for a norm, zeros for a bias; in place."""
+    if name.endswith("norm.weight"):
+        tensor.fill_(1.0)
+    elif tensor.ndim == 1:
+        tensor.zero_()
+    else:
+        tensor.normal_(0.0, deviation, generator=generator)

@@ -108,6 +108,12 @@ def checked(
     return model, {name: _source(shape, pieces[name], stored) for name, shape in shapes.items()}
 
 
+def on_meta(config: ModelConfig) -> Qwen2:
+    """The module of `config` without any memory for its parameters."""
+    with torch.device("meta"), WithoutInit():
+        return Qwen2(config)
+
+
 def tied_names(config: ModelConfig, names: Collection[str]) -> list[str]:
     """Those of `names` that are the head's, if it is the embedding."""
     return [n for n in names if config.tie_word_embeddings and n.startswith(_HEAD_PART)]
@@ -191,8 +197,7 @@ def _meta_module(config: ModelConfig, stored: Collection[str], where: Path) -> Q
             f"{config.num_hidden_layers}"
         )
     try:
-        with torch.device("meta"), WithoutInit():
-            return Qwen2(config)
+        return on_meta(config)
     except (RuntimeError, OverflowError, TypeError):
         raise UserError(f"{where}: the sizes in its configuration exceed any machine") from None
 

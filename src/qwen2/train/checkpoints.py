@@ -22,7 +22,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class RunState:
     """Batches passed over because their loss or gradient was not finite."""
     metrics_bytes: int = 0
     """Length of the metrics file at this point."""
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, where spikes are looked for."""
 
 
 def save_checkpoint(

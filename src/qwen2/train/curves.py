@@ -143,6 +143,8 @@ class History:
         self.skips: deque[tuple[int, str]] = deque(maxlen=KEPT_SKIPS)
         """The last batches passed over: the step before, and why."""
         self.skipped = 0
+        self.returns: list[tuple[int, str]] = []
+        """Each time that the run went back: to which step, and why."""
         self.last: Line = {}
         """The line of the last step."""
         self.seconds = 0.0
@@ -179,6 +181,9 @@ class History:
             self.skipped += 1
             self.skips.append((step, str(line["skipped"])))
             self.figures.add(step, {"skipped": 1.0})
+        if "rolled_back" in line:
+            self.returns.append((step, str(line["rolled_back"])))
+            self.last = {**self.last, "step": step, "tokens": line["tokens"]}
         if "evaluation" in line and (found := flatten(line["evaluation"])):
             self.held_out.add(step, found)
             self.evaluations = [*self.evaluations[:1], (step, found)]

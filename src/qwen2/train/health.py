@@ -23,6 +23,7 @@ def signs(history: History) -> list[str]:
     """Sentences, each a reason to look closer; none for a run that goes as it should."""
     return [
         *_skipped(history),
+        *_returned(history),
         *_risen_loss(history.figures),
         *_norm(history.figures),
         *_speed(history.figures),
@@ -37,6 +38,14 @@ def _skipped(history: History) -> list[str]:
     step, why = history.skips[-1]
     batches = "1 batch was" if history.skipped == 1 else f"{history.skipped:,} batches were"
     return [f"{batches} passed over as not finite, the last after step {step:,}: {why}"]
+
+
+def _returned(history: History) -> list[str]:
+    if not history.returns:
+        return []
+    step, why = history.returns[-1]
+    times = "once" if len(history.returns) == 1 else f"{len(history.returns):,} times"
+    return [f"the run went back {times} after a loss spike, last to step {step:,}: {why}"]
 
 
 def _risen_loss(figures: Curves) -> list[str]:

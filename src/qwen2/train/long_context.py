@@ -10,7 +10,6 @@ again afterwards, on top of the new length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,14 +17,14 @@ from pydantic import Field
 
 from qwen2.common.errors import UserError
 from qwen2.common.progress import say
-from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
+from qwen2.common.runtime import keep_freed_memory, set_threads
 from qwen2.model.config import ModelConfig
-from qwen2.model.extend import with_config
-from qwen2.model.hub import load_config, load_model
+from qwen2.model.hub import load_config
 from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
 from qwen2.tokens.mixture import LongMixture
-from qwen2.train.loop import Evaluate
+from qwen2.train.first_weights import FirstWeights, StoredWeights
 from qwen2.train.phases import PhasedLoader
+from qwen2.train.ranks import from_first
 from qwen2.train.stage import (
     StageRecipe,
     StageResult,
@@ -33,6 +32,7 @@ from qwen2.train.stage import (
     make_trainee,
     open_data,
     run_stage,
+    world_of,
 )
 
 
@@ -46,16 +46,23 @@ class LongContextRecipe(StageRecipe):
     """Documents of so many tokens count as long; None: of the length that `init` is trained on."""
     long_share: float = Field(default=0.7, gt=0, lt=1)  # of the tokens; the rest is short text
     packing: Packing = "stream"  # as in pre-training
-    held_out: Path | None = None
-    """A folder of shards, to measure perplexity by position on before and after."""
     held_out_documents: int = Field(default=64, gt=0)
-    """How many of its long documents are read for that: 2M tokens at 32,768 each."""
+    """How many of the long documents of `held_out` are read for perplexity by position, which is
+    measured before and after: 2M tokens at 32,768 each."""
+
+    def first_weights(self) -> FirstWeights:
+        """Those of `init`, for the new context."""
+        changes = {
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.context,
+            "yarn": None,
+            "dual_chunk": None,
+        }
+        return StoredWeights(self.init, tuple(changes.items()))
 
 
 def long_context(
-    recipe: LongContextRecipe,
-    evaluate: Evaluate | None = None,
-    before: Callable[[], None] | None = None,
+    recipe: LongContextRecipe, before: Callable[[], None] | None = None
 ) -> StageResult:
     """Run or resume `recipe`; a finished run is left as it is. See stage.py for its folder.
 
@@ -68,27 +75,22 @@ def long_context(
     """
     set_threads(recipe.threads)
     keep_freed_memory()
-    device = pick_device(recipe.device)
-    config = load_config(recipe.init)
-    if recipe.context < config.trained_length:
+    before_it = load_config(recipe.init)
+    if recipe.context < before_it.trained_length:
         raise UserError(
-            f"context {recipe.context}: {recipe.init} is trained on {config.trained_length} tokens "
-            "already, by its max_position_embeddings; give at least as many"
+            f"context {recipe.context}: {recipe.init} is trained on {before_it.trained_length} "
+            "tokens already, by its max_position_embeddings; give at least as many"
         )
-    shards, tokenizer = open_data(recipe, config, recipe.init)
-    claim(recipe)
-    if before is not None:
-        before()
-    torch.manual_seed(recipe.seed)
-    loader = build_loader(recipe, config, shards)
-    model = with_config(
-        load_model(recipe.init, dtype="fp32", device=str(device)),
-        rope_theta=recipe.rope_theta,
-        max_position_embeddings=recipe.context,
-        yarn=None,
-        dual_chunk=None,
-    )
-    return run_stage(recipe, make_trainee(model, recipe), loader, tokenizer, evaluate)
+    shards, tokenizer = open_data(recipe, before_it, recipe.init)
+    first = recipe.first_weights()
+    with world_of(recipe, first.config) as world:
+        claim(recipe)
+        if before is not None:
+            from_first(before)
+        torch.manual_seed(recipe.seed)
+        loader = build_loader(recipe, before_it, shards, world.dp_rank, world.mesh.dp)
+        trainee = make_trainee(first, recipe, world)
+        return run_stage(recipe, trainee, loader, tokenizer)
 
 
 def build_loader(
@@ -99,8 +101,9 @@ def build_loader(
     world_size: int = 1,
 ) -> PhasedLoader:
     """The batches of `recipe` for one rank, from the documents of `source`."""
-    how = recipe.context, recipe.rows, recipe.seed, rank, world_size, recipe.packing
-    return PhasedLoader(recipe.plan, [PackedLoader(mix(recipe, config, source), *how)])
+    plan = [stretch.shared(world_size) for stretch in recipe.plan]
+    how = recipe.context, plan[0].rows, recipe.seed, rank, world_size, recipe.packing
+    return PhasedLoader(plan, [PackedLoader(mix(recipe, config, source), *how)])
 
 
 def mix(recipe: LongContextRecipe, config: ModelConfig, source: TokenSource) -> LongMixture:

@@ -1,43 +1,37 @@
-"""The training step and the loop around it, for all stages.
+"""The loop around the training step, for all stages and any number of ranks.
 
-A step is some micro-batches, whose gradients add up to those of the one large batch, then one
-update. A batch whose loss or gradient is not finite is passed over: weights, optimizer and schedule
-are as if it had not been in the data. The loop knows of a model only that it maps packed tokens to
-hidden states; evaluation arrives as a callable.
+It passes over batches whose loss or gradient is not finite, saves, evaluates, stops when it is
+asked to, and goes on from the newest checkpoint. It knows of a model only that it has a loss;
+evaluation arrives as a callable. Every rank runs it alike; the first one writes and speaks.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from qwen2.common.errors import UserError
 from qwen2.common.progress import Progress, say
 from qwen2.common.runtime import peak_memory
 from qwen2.common.signals import stop_on_signals
-from qwen2.model.decoder import Qwen2
-from qwen2.model.moe import Routing
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
-from qwen2.train.flops import step_flops
-from qwen2.train.loss import IGNORE, OutputZ
 from qwen2.train.metrics import MetricsFile
 from qwen2.train.packed_loss import PackedLoss
-from qwen2.train.precision import MasterWeights
-from qwen2.train.router import RouterLosses
+from qwen2.train.spikes import SpikeSettings
+from qwen2.train.step import StepResult, Trainee, train_step
 from qwen2.train.watch import Watchers, WatchSettings, watch
 
-Evaluate = Callable[[Qwen2], dict[str, Any]]
-"""Held-out figures of a model, which is in eval mode and without gradients meanwhile."""
+Evaluate = Callable[[PackedLoss], dict[str, Any]]
+"""Held-out figures of a model with its loss, which is in eval mode and without gradients meanwhile.
+All ranks call it, and all have the figures."""
 
+METRICS = "metrics.jsonl"
 
 SHOWN = ("loss", "grad_norm", "tokens_per_s", "mfu")
 """What the progress bar shows of a metrics line."""
@@ -58,107 +52,17 @@ class LoopSettings(WatchSettings):
     clip: float = Field(default=1.0, gt=0)  # largest norm of the whole gradient
     max_skips: int = Field(default=5, gt=0)  # non-finite batches in a row that end the run
     checkpoint_every: int = Field(default=500, gt=0)  # steps
+    spike: SpikeSettings | None = None  # go back from a loss that is far too high, see spikes.py
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
     evaluate_every: int = Field(default=500, gt=0)  # steps
     router_z_loss: float = Field(default=0, ge=0)  # coefficient of a mixture's router z-loss
     output_z_loss: float = Field(default=0, ge=0)  # of the head's; PaLM's is 1e-4
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did; cross-entropy in nats a token, the norm before clipping."""
-
-    loss: float
-    grad_norm: float
-    applied: bool
-    routers: dict[str, Any] = field(default_factory=dict)
-    """Metrics of a mixture's routers; empty for a dense model."""
-    square_log_z: float | None = None
-    """Mean over targets of the squared logsumexp of the logits; None without an output z-loss."""
-    tokens: int = 0
-    """Targets: what the loss is the mean of. Padding has none."""
-
-
-@dataclass
-class Trainee:
-    """What a step changes."""
-
-    model: Qwen2
-    weights: MasterWeights
-    optimizer: torch.optim.Optimizer
-
-
-def train_step(
-    trainee: Trainee,
-    batches: Sequence[PackedBatch],
-    lr: float,
-    clip: float,
-    router_z_loss: float = 0.0,
-    output_z_loss: float = 0.0,
-) -> StepResult:
-    """One update from `batches` at learning rate `lr`, or none when it would not be finite.
-
-    The gradient is that of the cross-entropy, of the output's z-loss (loss.py) and, for a mixture,
-    of its routers' losses (router.py); the result's loss is the first alone.
-    """
-    model, weights, optimizer = trainee.model, trainee.weights, trainee.optimizer
-    moe = model.config.moe
-    count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
-    routers = moe and RouterLosses(moe, router_z_loss, sum(len(batch.tokens) for batch in batches))
-    z = OutputZ(output_z_loss) if output_z_loss else None
-    loss = 0.0
-    for batch in batches:
-        routing = Routing(moe, model.device) if moe else None
-        part = batch_loss(model, batch, count, routing, z)
-        loss += part.item()
-        if routers and routing:
-            part = part + routers.add(routing, len(batch.tokens))
-        part.backward()
-        weights.collect_gradients()
-    masters = list(weights.masters.values())
-    gradients = [master.grad for master in masters if master.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    grad_norm = norm.item()
-    applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    if applied:
-        if grad_norm > clip:
-            torch.nn.utils.clip_grads_with_norm_(masters, clip, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        weights.publish()
-    weights.drop_gradients()
-    return StepResult(
-        z.cross_entropy if z else loss,
-        grad_norm,
-        applied,
-        routers.figures() if routers else {},
-        z.square_log_z if z else None,
-        count,
-    )
-
-
-def batch_loss(
-    model: Qwen2,
-    batch: PackedBatch,
-    count: int | None = None,
-    routing: Routing | None = None,
-    z: OutputZ | None = None,
-) -> Tensor:
-    """Cross-entropy of a packed batch in one process, see `PackedLoss`."""
-    return PackedLoss(model)(batch, count, routing, z)
-
-
-def trained_lengths(batch: PackedBatch) -> list[int]:
-    """Tokens of each piece that has a target: padding left out."""
-    pieces = zip(batch.lengths, batch.targets.split(batch.lengths), strict=True)
-    return [length for length, targets in pieces if bool((targets != IGNORE).any())]
-
-
 class Run:
     """A run in folder `out`: resumed from its newest checkpoint, or begun.
 
-    `lr` gives the learning rate of a step; `peak_flops` is what MFU is a share of. `enter` makes
+    `lr` gives the learning rate of a step; MFU is a share of `peak_flops`, a rank's. `enter` makes
     model and loader ready for a step and returns its micro-batches (None: those of `settings`).
 
     Raises:
@@ -178,21 +82,21 @@ class Run:
         enter: Callable[[int], int] | None = None,
     ) -> None:
         self.trainee, self.loader, self.settings, self.lr = trainee, loader, settings, lr
+        self.world = trainee.world
         self.out, self.stage, self.evaluate = out, stage, evaluate
-        self.peak_flops = peak_flops
+        self.peak_flops = peak_flops * self.world.mesh.world_size
         self._enter = enter or (lambda _: settings.accumulation)
         self.state = RunState()
         self.checkpoint = newest_checkpoint(out / "checkpoints")
         if self.checkpoint is not None:
-            self.state, loader_state = load_checkpoint(
-                self.checkpoint, trainee.weights.masters, trainee.optimizer
-            )
-            trainee.weights.publish()
-            loader.load_state_dict(loader_state)
+            self._load(self.checkpoint)
         # A finished run is exported as its last step left it, so the next one is not entered yet.
         self._enter(max(self.state.step - 1, 0))
         self._saved = self.state.step
-        self.metrics = MetricsFile(out / "metrics.jsonl", self.state.metrics_bytes)
+        self._read, self._returns = 0, 0  # micro-batches and rollbacks since the newest checkpoint
+        self.metrics: MetricsFile | None = None
+        if self.world.is_first:
+            self.metrics = MetricsFile(out / METRICS, self.state.metrics_bytes)
         self.watchers = Watchers([])
 
     def train(self, steps: int) -> bool:
@@ -201,26 +105,31 @@ class Run:
         Raises:
             UserError: too many non-finite batches in a row, or the disk is full.
         """
-        progress = Progress(self.stage, steps, start=self.state.step)
+        progress = Progress(self.stage, steps, start=self.state.step, quiet=not self.world.is_first)
         with stop_on_signals() as stopped, progress, self._watch(steps) as self.watchers:
-            while self.state.step < steps and not stopped():
+            stop = self.world.any(bool(stopped()))
+            while self.state.step < steps and not stop:
                 line = self._step()
+                if self._went_back(line["loss"]):
+                    continue
                 progress.update(self.state.step, **{name: line[name] for name in SHOWN})
                 if self.evaluate and self._due(self.settings.evaluate_every, steps):
                     progress.tell(self.state.step, evaluation=self._evaluate(self.evaluate))
                 if self._due(self.settings.checkpoint_every, steps):
                     self.save()
-            if (name := stopped()) and self.state.step < steps:
+                stop = self.world.any(bool(stopped()))
+            if stop and self.state.step < steps:
                 if self.state.step != self._saved:
                     self.save()
                 self.watchers.stop()
-                say(f"{name}: stopped at step {self.state.step} of {steps}; run again to go on")
+                where = f"stopped at step {self.state.step} of {steps}; run again to go on"
+                self._say(f"{stopped() or 'asked on another rank'}: {where}")
                 return False
         return True
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
-        self.state.metrics_bytes = self.metrics.sync()
+        self.state.metrics_bytes = self.metrics.sync() if self.metrics else 0
         self.checkpoint = save_checkpoint(
             self.out / "checkpoints",
             self.state,
@@ -231,6 +140,7 @@ class Run:
             self.settings.keep,
         )
         self._saved = self.state.step
+        self._read = self._returns = 0
 
     def _step(self) -> dict[str, Any]:
         """One applied step, after passing over batches that are not finite; its metrics line."""
@@ -238,6 +148,7 @@ class Run:
         for _ in range(self.settings.max_skips):
             began = time.perf_counter()
             batches = [next(self.loader) for _ in range(accumulation)]
+            self._read += accumulation
             result = train_step(
                 self.trainee,
                 batches,
@@ -255,17 +166,15 @@ class Run:
                 f"{self.out}: {self.settings.max_skips} batches in a row without a finite loss and "
                 f"gradient after step {self.state.step}; lower optimizer.lr or look at the data"
             )
-        lengths = [length for batch in batches for length in trained_lengths(batch)]
         self.state.step += 1
         self.state.tokens += result.tokens
-        flops = step_flops(self.trainee.model.config, lengths)
         line = {
             "step": self.state.step,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": round(result.tokens / seconds, 1),
-            "mfu": round(flops / seconds / self.peak_flops, 4),
+            "mfu": round(result.flops / seconds / self.peak_flops, 4),
             "memory_gb": round(peak_memory(self.trainee.model.device) / 1e9, 3),
             "tokens": self.state.tokens,
             **result.routers,
@@ -275,27 +184,67 @@ class Run:
         self.watchers.write(line)
         return line
 
+    def _went_back(self, loss: float) -> bool:
+        """Whether `loss`, of the last step, made the run go back; see spikes.py.
+
+        Raises:
+            UserError: it has gone back to the same checkpoint too often.
+        """
+        spike, before = self.settings.spike, self.state.losses
+        why = spike.describe(loss, before) if spike else None
+        if spike is None or why is None or self.checkpoint is None:
+            if spike:
+                self.state.losses = [*before, loss][-spike.window :]
+            return False
+        why = f"{why}, at step {self.state.step}"
+        if self._returns == spike.most:
+            raise UserError(
+                f"{self.out}: {why}, after {spike.most} returns to {self.checkpoint.name}; lower "
+                "optimizer.lr, or look at the data"
+            )
+        self._returns += 1
+        self._load(self.checkpoint)
+        for _ in range(self._read + spike.skip):
+            next(self.loader)
+        self._read += spike.skip
+        self._say(f"{why}: back to step {self.state.step}, {self._read} micro-batches left out")
+        said = {"step": self.state.step, "tokens": self.state.tokens, "rolled_back": why}
+        self.watchers.write(said)
+        return True
+
+    def _load(self, checkpoint: Path) -> None:
+        trainee = self.trainee
+        self.state, place = load_checkpoint(checkpoint, trainee.weights.masters, trainee.optimizer)
+        trainee.weights.publish()
+        self.loader.load_state_dict(place)
+
     def _pass_over(self, result: StepResult) -> None:
         self.state.skipped += 1
         what = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        say(f"batch after step {self.state.step} passed over: {what}")
+        self._say(f"batch after step {self.state.step} passed over: {what}")
         self.watchers.write({"step": self.state.step, "skipped": what})
 
     def _due(self, every: int, steps: int) -> bool:
         return self.state.step % every == 0 or self.state.step == steps
 
     def _evaluate(self, evaluate: Evaluate) -> dict[str, Any]:
-        model = self.trainee.model
-        model.eval()
+        loss = self.trainee.loss
+        loss.eval()
         with torch.no_grad():
-            figures = evaluate(model)
-        model.train()
+            figures = evaluate(loss)
+        loss.train()
         self.watchers.write({"step": self.state.step, "evaluation": figures})
         return figures
 
     def _watch(self, steps: int) -> Watchers:
-        """All that look on from here to step `steps`."""
-        device = self.trainee.model.device
+        """All that look on from here to step `steps`: at the first rank, whose view is of all."""
+        if self.metrics is None:
+            return Watchers([])
+        device = self.world.device
         return watch(
             self.settings, self.metrics, self.out, self.stage, self.state.step, steps, device
         )
+
+    def _say(self, message: str) -> None:
+        if self.world.is_first:
+            say(message)

@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import Field
 
 from qwen2.common.config import Config
+from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
 from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.packing import PackedBatch
@@ -62,6 +63,22 @@ class Stretch:
     def step_tokens(self) -> int:
         """Tokens of one update, padding too."""
         return self.context * self.rows * self.accumulation
+
+    def shared(self, ranks: int) -> Stretch:
+        """This as one of `ranks` has it: as many tokens in a step of all, in the fewest batches.
+
+        Raises:
+            UserError: a step has not as many rows for each.
+        """
+        total = self.rows * self.accumulation
+        if total % ranks:
+            raise UserError(
+                f"a step has rows x accumulation = {self.rows} x {self.accumulation} rows, which "
+                f"{ranks} ranks cannot share evenly; give a multiple of {ranks}"
+            )
+        own = total // ranks
+        rows = max(n for n in range(1, min(self.rows, own) + 1) if own % n == 0)
+        return replace(self, rows=rows, accumulation=own // rows)
 
     def lasting(self, steps: int | None, tokens: int | None) -> Stretch:
         """With its length; a budget of tokens is rounded up to steps.

@@ -2,7 +2,8 @@
 
 The model holds bf16 copies of fp32 masters; the optimizer sees only the masters. Against autocast
 over fp32 parameters this spares the casts of every weight and every norm in each pass; both give
-the same loss curve (benchmarks/training.py). In fp32 the masters are the model's own parameters.
+the same loss curve (benchmarks/training.py). In fp32 the masters are the model's own parameters;
+so they are where ranks share them: they stay in fp32, and FSDP gathers them in bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class MasterWeights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._shared = dtype == torch.float32
-        model.float()
+        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+            model.float()
         named = dict(model.named_parameters())
         self.masters: dict[str, nn.Parameter] = (
             named
@@ -27,7 +29,8 @@ class MasterWeights:
             else {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
         )
         """By published name; a tied head is there once."""
-        model.to(dtype)
+        if not self._shared:
+            model.to(dtype)
         self._model = dict(model.named_parameters())
 
     @torch.no_grad()

@@ -15,17 +15,23 @@ import torch
 from pydantic import BeforeValidator, model_validator
 
 from qwen2.common.errors import UserError
-from qwen2.common.runtime import keep_freed_memory, pick_device, set_threads
+from qwen2.common.runtime import keep_freed_memory, set_threads
 from qwen2.model.config import PUBLISHED, ModelConfig
-from qwen2.model.decoder import Qwen2, init_weights
-from qwen2.model.hub import load_config, load_model
 from qwen2.tokens.loader import PackedLoader, Packing, TokenSource
 from qwen2.tokens.shards import Shards
 from qwen2.tokens.share_out import share_out
 from qwen2.tokens.weighted import WeightedLoader, by_kind, check_weights
-from qwen2.train.loop import Evaluate, Trainee
+from qwen2.train.first_weights import FirstWeights, RandomWeights, StoredWeights
 from qwen2.train.phases import Phase, PhasedLoader, Stretch, cuts, lay_out
-from qwen2.train.stage import StageRecipe, StageResult, claim, make_trainee, open_data, run_stage
+from qwen2.train.stage import (
+    StageRecipe,
+    StageResult,
+    claim,
+    make_trainee,
+    open_data,
+    run_stage,
+    world_of,
+)
 
 
 def from_published(values: Any) -> Any:
@@ -89,11 +95,28 @@ class PretrainRecipe(StageRecipe):
             raise ValueError("phases: some have weights; give the recipe's weights too, to begin")
         return plan
 
+    def first_weights(self) -> FirstWeights:
+        """What the run begins with.
+
+        Raises:
+            UserError: `init` is not there, or is of a shorter context.
+        """
+        if self.init is None:
+            assert self.model is not None
+            return RandomWeights(self.model, self.seed)
+        first, context = StoredWeights(self.init), self.plan[0].context
+        if context > first.config.max_position_embeddings:
+            raise UserError(
+                f"context {context}: {self.init} has max_position_embeddings "
+                f"{first.config.max_position_embeddings}; stage long_context extends it"
+            )
+        return first
+
     def _first_stretch(self) -> Stretch:
         return replace(super()._first_stretch(), weights=self.weights)
 
 
-def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> StageResult:
+def pretrain(recipe: PretrainRecipe) -> StageResult:
     """Run or resume `recipe`; a finished run is left as it is. See stage.py for its folder.
 
     Raises:
@@ -102,30 +125,20 @@ def pretrain(recipe: PretrainRecipe, evaluate: Evaluate | None = None) -> StageR
     """
     set_threads(recipe.threads)
     keep_freed_memory()
-    device = pick_device(recipe.device)
-    config = _config(recipe)
-    shards, tokenizer = open_data(recipe, config, recipe.init or "model")
-    loader = build_loader(recipe, shards)
-    claim(recipe)
-    torch.manual_seed(recipe.seed)
-    return run_stage(recipe, build_trainee(recipe, device), loader, tokenizer, evaluate)
-
-
-def build_trainee(recipe: PretrainRecipe, device: torch.device) -> Trainee:
-    """The model of `recipe` with its first weights, and its optimizer."""
-    if recipe.init is not None:
-        # In fp32, what the optimizer needs: a checkpoint in bf16 is exact in it.
-        return make_trainee(load_model(recipe.init, dtype="fp32", device=str(device)), recipe)
-    assert recipe.model is not None
-    model = Qwen2(recipe.model)
-    init_weights(model, torch.Generator().manual_seed(recipe.seed))
-    return make_trainee(model.to(device), recipe)
+    first = recipe.first_weights()
+    shards, tokenizer = open_data(recipe, first.config, recipe.init or "model")
+    with world_of(recipe, first.config) as world:
+        loader = build_loader(recipe, shards, world.dp_rank, world.mesh.dp)
+        claim(recipe)
+        torch.manual_seed(recipe.seed)
+        trainee = make_trainee(first, recipe, world)
+        return run_stage(recipe, trainee, loader, tokenizer)
 
 
 def build_loader(
     recipe: PretrainRecipe, shards: Shards, rank: int = 0, world_size: int = 1
 ) -> PhasedLoader:
-    """The batches of `recipe` for one rank.
+    """The batches of `recipe` for one rank of those that share its steps.
 
     Raises:
         UserError: its weights are not of these shards.
@@ -135,13 +148,14 @@ def build_loader(
     tokens = [sum(s.steps * s.step_tokens for s in group) for group in groups]
     how = recipe.seed, rank, world_size, recipe.packing
     firsts = [group[0] for group in groups]
+    shared = [stretch.shared(world_size) for stretch in plan]
     weights = [first.weights for first in firsts if first.weights is not None]
     loaders: list[PackedLoader] = []
     if not weights:
         parts = share_out(shards, tokens, recipe.seed)
         for part, first in zip(parts, firsts, strict=True):
             loaders.append(PackedLoader(part, first.context, first.rows, *how))
-        return PhasedLoader(plan, loaders)
+        return PhasedLoader(shared, loaders)
     sources = by_kind(shards)
     shares: dict[str, list[TokenSource]] = {}
     for of in weights:
@@ -155,18 +169,4 @@ def build_loader(
     for number, (of, first) in enumerate(zip(weights, firsts, strict=True)):
         own = {kind: parts[number] for kind, parts in shares.items()}
         loaders.append(WeightedLoader(own, of, first.context, first.rows, *how))
-    return PhasedLoader(plan, loaders)
-
-
-def _config(recipe: PretrainRecipe) -> ModelConfig:
-    """The shape that is trained; that of `init` is known only now."""
-    if recipe.init is None:
-        assert recipe.model is not None
-        return recipe.model
-    config, context = load_config(recipe.init), recipe.plan[0].context
-    if context > config.max_position_embeddings:
-        raise UserError(
-            f"context {context}: {recipe.init} has max_position_embeddings "
-            f"{config.max_position_embeddings}; stage long_context extends it"
-        )
-    return config
+    return PhasedLoader(shared, loaders)

@@ -36,11 +36,13 @@ class RouterLosses:
         self.counts += routing.counts.cpu()
         return weight * (self.moe.router_aux_loss_coef * balance + self.z_coefficient * z)
 
-    def figures(self) -> dict[str, Any]:
-        """Keys of the metrics line, over all layers and micro-batches."""
+    def figures(self, world: World) -> dict[str, Any]:
+        """Keys of the metrics line, over all layers, micro-batches and ranks."""
+        parts = torch.tensor([self.balance, self.z], dtype=torch.float64)
+        balance, z = world.sum(parts, "stage").tolist()
         return {
-            "balance_loss": self.balance,
-            "router_z_loss": self.z,
+            "balance_loss": balance,
+            "router_z_loss": z,
             "expert_share": [round(share, 6) for share in expert_share(self.counts).tolist()],
             "expert_entropy": expert_entropy(self.counts),
             "dropped": self.dropped,

@@ -6,17 +6,22 @@
     checkpoints/     the newest training checkpoints
     model/           the finished model in the Hugging Face layout
 
-A stage brings its model and its documents. Once there is a checkpoint it decides: weights,
+A stage brings its first weights and its documents. Once there is a checkpoint it decides: weights,
 optimizer, place in the data and random numbers are its own, whatever the run began from.
+
+Started by torchrun, each rank runs this; the first one alone writes what is not a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+import torch
 import yaml
 from pydantic import Field, model_validator
 
@@ -24,26 +29,36 @@ from qwen2.common.errors import UserError
 from qwen2.common.files import read_text, remove_leftovers
 from qwen2.common.runtime import fp32_products, parse_dtype
 from qwen2.model.config import ModelConfig
-from qwen2.model.decoder import Qwen2
 from qwen2.model.extend import reconfigure
 from qwen2.model.hub import save
+from qwen2.model.weights import on_meta
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import Shards
 from qwen2.train.compiling import compiled
+from qwen2.train.first_weights import FirstWeights
 from qwen2.train.flops import measure_matmul_peak
-from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
+from qwen2.train.held_out import HeldOut
+from qwen2.train.loop import METRICS, LoopSettings, Run
+from qwen2.train.mesh import Mesh
 from qwen2.train.optimizers import OptimizerConfig
+from qwen2.train.packed_loss import PackedLoss
+from qwen2.train.parallelise import parallelise
 from qwen2.train.phases import PhasedLoader, Stretch, config_of_phase, factor_at, phase_at
 from qwen2.train.precision import MasterWeights
+from qwen2.train.ranks import from_first
 from qwen2.train.recompute import Recompute, recompute_activations
 from qwen2.train.schedules import Cosine, Schedule
+from qwen2.train.step import Trainee
 from qwen2.train.tensorboard import require_tensorboard
+from qwen2.train.world import World, open_world
 
 FREE = {
     "out", "threads", "device", "activation_checkpointing", "keep", "checkpoint_every",
-    "evaluate_every", "tensorboard", "profile", "compile",
+    "evaluate_every", "held_out", "held_out_tokens", "tensorboard", "profile", "mesh",
+    "compile",
 }  # fmt: skip
-"""Keys that may change when a run resumes: none of them changes what is computed."""
+"""Keys that may change when a run resumes: none of them changes what is computed, but for the order
+of sums."""
 
 
 class StageRecipe(LoopSettings):
@@ -54,7 +69,7 @@ class StageRecipe(LoopSettings):
     tokenizer: Path  # the tokenizer that made them; goes into the exported model
     out: Path
     context: int = Field(gt=1)  # tokens of a row
-    rows: int = Field(gt=0)  # of a micro-batch
+    rows: int = Field(gt=0)  # of a micro-batch, at most; a step's are shared by the ranks
     steps: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)  # instead of steps
     optimizer: OptimizerConfig
@@ -63,6 +78,10 @@ class StageRecipe(LoopSettings):
     matmul: Literal["fp32", "rounded"] = "fp32"  # of fp32: to bf16 on the CPU, to TF32 on CUDA
     activation_checkpointing: Recompute = "none"
     compile: bool = False  # what lies between products, see compiling.py
+    held_out: Path | None = None
+    """A folder of shards, whose bits per byte by kind are measured every `evaluate_every` steps."""
+    held_out_tokens: int = Field(default=100_000, gt=0)  # of each kind that are read for that
+    mesh: Mesh = Mesh()  # how ranks share the work, see mesh.py
     device: str = "auto"
     threads: int | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
@@ -96,6 +115,10 @@ class StageRecipe(LoopSettings):
     def total_tokens(self) -> int:
         """Tokens of the whole run, padding too; a budget is rounded up to steps."""
         return sum(stretch.steps * stretch.step_tokens for stretch in self.plan)
+
+    def first_weights(self) -> FirstWeights:
+        """What the run begins with; each stage has its own."""
+        raise NotImplementedError
 
     def lr(self, step: int) -> float:
         """Learning rate of an update, counted from 0."""
@@ -145,13 +168,12 @@ def run_stage(
     trainee: Trainee,
     loader: PhasedLoader,
     tokenizer: Tokenizer,
-    evaluate: Evaluate | None = None,
 ) -> StageResult:
     """Run or resume `recipe`, whose `out` is claimed; export the model when it is finished.
 
-    `loader` is of the recipe's plan.
+    `loader` is of the recipe's plan, for this rank.
     """
-    device, plan, config = trainee.model.device, recipe.plan, trainee.model.config
+    world, plan, config = trainee.world, loader.plan, trainee.model.config
 
     def enter(step: int) -> int:
         number = phase_at(plan, step)
@@ -159,8 +181,13 @@ def run_stage(
         reconfigure(trainee.model, config_of_phase(config, plan, number))
         return plan[number].accumulation
 
+    first, held_out = loader.plan[0], None
+    if recipe.held_out is not None:
+        shards = Shards(recipe.held_out)
+        tokens = recipe.held_out_tokens
+        held_out = HeldOut(shards, tokenizer, first.context, first.rows, tokens)
     rounded = recipe.matmul == "rounded"
-    with fp32_products(rounded, device), compiled(recipe.compile, device):
+    with fp32_products(rounded, world.device), compiled(recipe.compile, world.device):
         run = Run(
             trainee,
             loader,
@@ -168,8 +195,8 @@ def run_stage(
             recipe.lr,
             recipe.out,
             recipe.stage,
-            measure_matmul_peak(trainee.model.dtype, device),
-            evaluate,
+            measure_matmul_peak(parse_dtype(recipe.dtype), world.device),
+            None if held_out is None else held_out.bits_per_byte,
             enter,
         )
         finished = run.train(recipe.total_steps)
@@ -182,23 +209,55 @@ def run_stage(
         run.state.tokens,
         run.state.skipped,
         finished,
-        run.metrics.path,
+        recipe.out / METRICS,
         run.checkpoint,
         exported if finished else None,
     )
 
 
-def make_trainee(model: Qwen2, recipe: StageRecipe) -> Trainee:
-    """`model`, which is turned into the recipe's dtype in place, with a fresh optimizer.
+def make_trainee(first: FirstWeights, recipe: StageRecipe, world: World) -> Trainee:
+    """The model of `recipe` with its first weights, divided among ranks, and its optimizer.
 
     Raises:
-        UserError: its weights are quantised.
+        UserError: the weights are quantised.
     """
-    if model.config.quantisation:
+    config, dtype = first.config, parse_dtype(recipe.dtype)
+    if config.quantisation:
         raise UserError("init: its weights are quantised, for inference alone; give the original")
-    weights = MasterWeights(model, parse_dtype(recipe.dtype))
+    if world.views:
+        loss = divided(config, recipe, world)
+        loss.to_empty(device=world.device)
+        loss.model.tie_weights()
+        first.fill(dict(loss.model.named_parameters()))
+        weights = MasterWeights(loss.model, torch.float32)
+    else:
+        model = first.model(world.device)
+        weights = MasterWeights(model, dtype)
+        recompute_activations(model, recipe.activation_checkpointing)
+        loss = PackedLoss(model)
+    return Trainee(loss, weights, recipe.optimizer.build(weights.masters))
+
+
+def divided(config: ModelConfig, recipe: StageRecipe, world: World) -> PackedLoss:
+    """The model of `recipe` divided among the ranks of `world`, on the meta device."""
+    model = on_meta(config)
     recompute_activations(model, recipe.activation_checkpointing)
-    return Trainee(model, weights, recipe.optimizer.build(weights.masters))
+    return parallelise(model, world, parse_dtype(recipe.dtype))
+
+
+@contextmanager
+def world_of(recipe: StageRecipe, config: ModelConfig) -> Iterator[World]:
+    """The ranks of a run of `recipe` on a model of `config`.
+
+    Raises:
+        UserError: the mesh does not fit the ranks, the model or a phase; says why.
+    """
+    plan = recipe.plan
+    with open_world(recipe.mesh, config, plan[0].context, recipe.device) as world:
+        for stretch in plan:
+            recipe.mesh.resolve(world.mesh.world_size, config, stretch.context)
+            stretch.shared(world.mesh.dp)
+        yield world
 
 
 def claim(recipe: StageRecipe) -> None:
@@ -208,6 +267,10 @@ def claim(recipe: StageRecipe) -> None:
         UserError: `out` holds another run; says which key differs. Or the recipe asks for
             TensorBoard, which is not installed.
     """
+    from_first(lambda: _claim(recipe))
+
+
+def _claim(recipe: StageRecipe) -> None:
     if recipe.tensorboard:
         require_tensorboard()
     path = recipe.out / "recipe.yaml"

@@ -55,8 +55,8 @@ class TensorBoard:
 def scalars(line: Line) -> Iterator[tuple[str, float]]:
     """Names and values of what a line holds."""
     for name, value in line.items():
-        if name == "skipped":
-            yield "train/skipped", 1.0
+        if name in ("skipped", "rolled_back"):
+            yield f"train/{name}", 1.0
         elif name == "evaluation":
             yield from ((f"held_out/{kind}", figure) for kind, figure in flatten(value).items())
         elif name == "expert_share":

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from qwen2.common.config import one_line
 from qwen2.common.errors import UserError
 from qwen2.common.runtime import pick_device
 from qwen2.model.config import ModelConfig
@@ -99,6 +100,13 @@ class World:
         self.views["dense"]["fsdp", "tp"]._flatten("weights")
         self.views["sparse"]["efsdp", "ep"]._flatten("experts")
 
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """One process, whatever groups it may be in."""
+        world = cls.__new__(cls)
+        world.mesh, world.device, world.views = Mesh(dp_shard=1), device, {}
+        return world
+
     @property
     def is_first(self) -> bool:
         """Whether this rank is the one that writes and speaks for all."""
@@ -116,11 +124,19 @@ class World:
             of its tokens, the same on all ranks of tp (the loss); `stage`, for what each rank
             computes of tokens that no other has (what a router did).
         """
-        total = value.detach().clone()
+        total = value.detach().to(self.device, copy=True)
         if self.views:
             view = "rows" if over == "dp" else over
             dist.all_reduce(total, group=self.views[view].get_group(over))
         return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; all must ask."""
+        if not self.views:
+            return flag
+        found = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
 
 
 @contextmanager
@@ -147,5 +163,17 @@ def open_world(
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield World(resolved, chosen)
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        raise UserError(
+            f"rank {place.rank}: another rank is gone, whose own message says why "
+            f"({one_line(error)}); the same command again goes on from the newest checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether it is of the connection to another rank; gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -28,16 +28,16 @@ from qwen2.pipeline.mixture.data import SMALL_HELD_OUT, SMALL_TRAIN
 from qwen2.pipeline.mixture.recipe import ProxyConfig
 from qwen2.pipeline.stages import Stopped
 from qwen2.pipeline.workers import open_workers
-from qwen2.tokens.loader import PackedLoader, TokenSource
-from qwen2.tokens.packing import PackedBatch, Piece, pack
+from qwen2.tokens.held_out import held_out_batches
+from qwen2.tokens.loader import PackedLoader
 from qwen2.tokens.remap import END_OF_TEXT
 from qwen2.tokens.shards import Shards
 from qwen2.tokens.weighted import Subset, WeightedLoader, by_kind
-from qwen2.train.loop import Trainee, batch_loss, train_step
-from qwen2.train.loss import IGNORE
 from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.precision import MasterWeights
 from qwen2.train.schedules import cosine
+from qwen2.train.step import Trainee, train_step
 
 WARMUP, FLOOR = 0.1, 0.05
 EVALUATED_ROWS = 16  # in a pass
@@ -94,7 +94,7 @@ def train_proxy(job: Job, text: ProxyText) -> dict[str, float]:
     model = Qwen2(proxy.model)
     init_weights(model, torch.Generator().manual_seed(job.seed))
     weights = MasterWeights(model, parse_dtype(proxy.dtype))
-    trainee = Trainee(model, weights, AdamWConfig(lr=proxy.lr).build(weights.masters))
+    trainee = Trainee(PackedLoss(model), weights, AdamWConfig(lr=proxy.lr).build(weights.masters))
     loader = text.loader(job)
     warmup = max(1, round(WARMUP * proxy.steps))
     for step in range(proxy.steps):
@@ -133,30 +133,13 @@ class ProxyText:
         count."""
         return {
             kind: sum(
-                batch_loss(model, batch, 1).item()
-                for batch in held_out_batches(source, context, EVALUATED_ROWS)
+                PackedLoss(model)(batch, 1).item()
+                for batch in held_out_batches(source, END_OF_TEXT, context, EVALUATED_ROWS)
             )
             / math.log(2)
             / self._bytes[kind]
             for kind, source in by_kind(self.held_out).items()
         }
-
-
-def held_out_batches(source: TokenSource, context: int, rows: int) -> Iterator[PackedBatch]:
-    """Every document once, in pieces of at most `context`, about `rows` of these at a time."""
-    pieces = [
-        Piece(number, start, min(start + context, length))
-        for number, length in enumerate(source.lengths.tolist())
-        for start in range(0, length, context)
-    ]
-    while pieces:
-        size, count = 0, 0
-        while count < len(pieces) and size < rows * context:
-            size += pieces[count].stop - pieces[count].start
-            count += 1
-        batch, pieces = pack(pieces[:count], source.document), pieces[count:]
-        batch.targets[batch.targets == END_OF_TEXT] = IGNORE
-        yield batch
 
 
 def _path(out: Path, job: Job) -> Path:

@@ -39,7 +39,7 @@ class QuickstartRecipe(Config):
     """What is computed in; auto: bf16 where the device has products of it."""
     seed: int = 0
     evaluated_kilobytes: int = Field(gt=0)  # held-out text of each kind
-    watched_kilobytes: int = Field(gt=0)  # of it, scored again and again during training
+    watched_tokens: int = Field(gt=0)  # of each kind, measured again and again during training
     reserve_seconds: float = Field(ge=0)  # kept free for the stages after training
     shares: TimeShares
     max_steps: int | None = Field(default=None, gt=0)  # of each training stage

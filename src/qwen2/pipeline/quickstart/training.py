@@ -22,24 +22,25 @@ import torch
 from qwen2.common.errors import UserError
 from qwen2.common.runtime import pick_device, training_dtype
 from qwen2.evaluate.positions import nats_by_method
-from qwen2.evaluate.score import score_by_kind
-from qwen2.model.decoder import Qwen2
 from qwen2.model.hub import load_model
 from qwen2.model.upcycle import upcycle
 from qwen2.pipeline.long_context import LongDocuments, read_positions, run_long_context
-from qwen2.pipeline.quickstart.data import HELD_OUT_SHARDS, TRAIN_SHARDS, held_out
+from qwen2.pipeline.quickstart.data import HELD_OUT_SHARDS, TRAIN_SHARDS
 from qwen2.pipeline.quickstart.recipe import QuickRun
 from qwen2.pipeline.report import read_metrics, training_lines
 from qwen2.pipeline.stages import Stopped
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens import Shards
 from qwen2.tokens.loader import PackedLoader
+from qwen2.train.held_out import HeldOut
 from qwen2.train.long_context import LongContextRecipe
-from qwen2.train.loop import Evaluate, Trainee, train_step
 from qwen2.train.optimizers import AdamWConfig
-from qwen2.train.pretrain import PretrainRecipe, build_trainee, pretrain
+from qwen2.train.packed_loss import PackedLoss
+from qwen2.train.pretrain import PretrainRecipe, pretrain
 from qwen2.train.schedules import Cosine
 from qwen2.train.stage import StageRecipe, StageResult, make_trainee
+from qwen2.train.step import train_step
+from qwen2.train.world import World
 
 R = TypeVar("R", bound=StageRecipe)
 
@@ -58,8 +59,8 @@ def pretraining(run: QuickRun) -> dict[str, Any]:
             **_common(run, out, steps, quick.lr),
         )
 
-    chosen = _begun(out, PretrainRecipe) or _fill_time(run, "pretrain", recipe, _trainee)
-    result = _finished(pretrain(chosen, _watch(run)))
+    chosen = _begun(out, PretrainRecipe) or _fill_time(run, "pretrain", recipe)
+    result = _finished(pretrain(chosen))
     return _figures(run, result) | {
         "parameters": quick.model.num_parameters(),
         "step_tokens": chosen.plan[0].step_tokens,
@@ -79,15 +80,11 @@ def long_context(run: QuickRun) -> dict[str, Any]:
             context=quick.long_context,
             rows=max(1, quick.rows * quick.context // quick.long_context),
             long_tokens=quick.long_context,
-            held_out=held,
             held_out_documents=MEASURED_DOCUMENTS,
             **_common(run, out, steps, quick.further_lr),
         )
 
-    def trainee(recipe: LongContextRecipe) -> Trainee:
-        return make_trainee(load_model(init, dtype="fp32"), recipe)
-
-    chosen = _begun(out, LongContextRecipe) or _fill_time(run, "long_context", recipe, trainee)
+    chosen = _begun(out, LongContextRecipe) or _fill_time(run, "long_context", recipe)
     result = _finished(run_long_context(chosen))
     documents = LongDocuments(Shards(held), quick.long_context, MEASURED_DOCUMENTS)
     methods = nats_by_method(
@@ -119,19 +116,20 @@ def mixture(run: QuickRun) -> dict[str, Any]:
             **_common(run, out, steps, quick.further_lr),
         )
 
-    watch = _watch(run)
-    chosen = _begun(out, PretrainRecipe) or _fill_time(run, "mixture", recipe, _trainee)
-    result = _finished(pretrain(chosen, watch))
+    chosen = _begun(out, PretrainRecipe) or _fill_time(run, "mixture", recipe)
+    result = _finished(pretrain(chosen))
     assert result.model is not None
     upcycled = load_model(start)
+    shards, coder = Shards(run.folder / HELD_OUT_SHARDS), Tokenizer.load(run.folder / "tokenizer")
+    held_out = HeldOut(shards, coder, quick.context, quick.rows, quick.watched_tokens)
     last = training_lines(read_metrics(result.metrics))[-1]
     return _figures(run, result) | {
         "parameters": upcycled.config.num_parameters(),
         "active_parameters": upcycled.config.num_active_parameters(),
         "bits_per_byte": {
-            "dense": watch(load_model(dense)),
-            "upcycled": watch(upcycled),
-            "trained further": watch(load_model(result.model)),
+            "dense": held_out.bits_per_byte(PackedLoss(load_model(dense))),
+            "upcycled": held_out.bits_per_byte(PackedLoss(upcycled)),
+            "trained further": held_out.bits_per_byte(PackedLoss(load_model(result.model))),
         },
         **{key: last[key] for key in ("expert_share", "expert_entropy", "dropped")},
     }
@@ -152,6 +150,8 @@ def _common(run: QuickRun, out: Path, steps: int, lr: float) -> dict[str, Any]:
         "checkpoint_every": max(1, steps // 5),
         "keep": 1,
         "evaluate_every": max(1, steps // 8),
+        "held_out": folder / HELD_OUT_SHARDS,
+        "held_out_tokens": run.recipe.watched_tokens,
     }
 
 
@@ -161,9 +161,7 @@ def _begun(out: Path, kind: type[R]) -> R | None:
     return kind.load(path) if path.exists() else None
 
 
-def _fill_time(
-    run: QuickRun, name: str, recipe: Callable[[int], R], trainee: Callable[[R], Trainee]
-) -> R:
+def _fill_time(run: QuickRun, name: str, recipe: Callable[[int], R]) -> R:
     """The recipe whose steps fill the time of stage `name`, by the speed of a few of them.
 
     When the stages before it took longer than was thought, one step is the least.
@@ -177,36 +175,21 @@ def _fill_time(
         )
     shares: Mapping[str, float] = quick.shares.model_dump()
     share = shares[name] / sum(x for stage, x in shares.items() if stage not in run.results)
-    seconds = _seconds_per_step(recipe(1), trainee)
+    seconds = _seconds_per_step(recipe(1))
     steps = max(1, int(0.9 * share * left / seconds))  # the machine may slow down meanwhile
     return recipe(min(steps, quick.max_steps or steps))
 
 
-def _seconds_per_step(recipe: R, trainee: Callable[[R], Trainee], timed: int = 5) -> float:
+def _seconds_per_step(recipe: StageRecipe, timed: int = 5) -> float:
     """Median time of some steps after a first one, on weights that are thrown away."""
     loader = PackedLoader(Shards(recipe.data), recipe.context, recipe.rows, recipe.seed)
-    learner, times = trainee(recipe), []
+    alone = World.alone(torch.device("cpu"))
+    learner, times = make_trainee(recipe.first_weights(), recipe, alone), []
     for _ in range(1 + timed):
         started = time.perf_counter()
         train_step(learner, [next(loader)], 0.0, 1.0)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def _trainee(recipe: PretrainRecipe) -> Trainee:
-    return build_trainee(recipe, torch.device("cpu"))
-
-
-def _watch(run: QuickRun) -> Evaluate:
-    """Bits per byte by kind on a little held-out text."""
-    coder = Tokenizer.load(run.folder / "tokenizer")
-    texts = held_out(run, run.recipe.watched_kilobytes)
-
-    def evaluate(model: Qwen2) -> dict[str, Any]:
-        scores = score_by_kind(model, coder, texts, run.recipe.context)
-        return {kind: score.bits_per_byte for kind, score in scores.items()}
-
-    return evaluate
 
 
 def _finished(result: StageResult) -> StageResult:
