@@ -49,12 +49,12 @@ def fp32_products(rounded: bool, device: torch.device) -> Iterator[None]:
     if not rounded:
         yield
         return
-    backend: Any
+    backends: Any = torch.backends  # whose types leave this out
     if device.type == "cuda":
-        backend, mode = torch.backends.cuda.matmul, "tf32"
+        backend, mode = backends.cuda.matmul, "tf32"
         able = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        backend, mode = torch.backends.mkldnn.matmul, "bf16"
+        backend, mode = backends.mkldnn.matmul, "bf16"
         able = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not able:
         say(f"matmul: this device has no products of {mode}; those of fp32 stay exact")

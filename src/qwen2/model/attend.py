@@ -85,7 +85,7 @@ def attend(parts: Sequence[Part]) -> Tensor:
 def each_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention within each document: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
     each = zip(*(x.split(list(documents.lengths)) for x in (q, k, v)), strict=True)
-    return torch.cat([attend([Part(*qkv, causal=True)]) for qkv in each])
+    return torch.cat([attend([Part(q, k, v, causal=True)]) for q, k, v in each])
 
 
 def all_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

@@ -4,7 +4,8 @@ Each is one loop over memory that the compiler makes of several, forward and bac
 attention stay calls of their libraries, which a compiler does not make faster; so nothing that is
 compiled knows of documents, whose lengths are others in every batch, of ranks, or of activations
 that are computed again. All layers share the code: the number of tokens and of heads may change,
-for which it is compiled once more, then for all.
+for which it is compiled once more, then for all. What ranks hand on while it is still on its way,
+or in uneven shares, is computed as without: compiled code neither waits nor knows of the shares.
 
 Deviation: a whole layer is not compiled. Around attention, the router and the experts it would fall
 into pieces anyway, and `selective` (recompute.py) could no longer tell products from the rest.
@@ -12,10 +13,12 @@ into pieces anyway, and `selective` (recompute.py) could no longer tell products
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from qwen2.common.errors import UserError
 from qwen2.model import kernels
@@ -39,12 +42,24 @@ def compiled(wanted: bool, device: torch.device) -> Iterator[None]:
     require_compiler(device)
     operations = [kernels.TABLE[name] for name in COMPILED]
     for operation in operations:
-        operation.compiled = torch.compile(operation.plain[1].run)
+        operation.compiled = _compile(operation.plain[1].run)
     try:
         yield
     finally:
         for operation in operations:
             operation.compiled = None
+
+
+def _compile(plain: Callable[..., Any]) -> Callable[..., Any]:
+    fast = torch.compile(plain)
+
+    def run(*operands: Any) -> Any:
+        special = (
+            isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in operands
+        )
+        return (plain if any(special) else fast)(*operands)
+
+    return run
 
 
 def require_compiler(device: torch.device) -> None:
