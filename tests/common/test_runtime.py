@@ -78,10 +78,15 @@ def test_products_are_rounded_until_left(able: bool, monkeypatch: pytest.MonkeyP
     before = backend.fp32_precision
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     exact = a @ b
-    with pytest.raises(ZeroDivisionError), fp32_products(True, cpu):
+
+    @fp32_products(True, cpu)
+    def fail() -> None:
         assert backend.fp32_precision == "bf16"
         torch.testing.assert_close(a @ b, exact, atol=0.3, rtol=0)  # 64 terms, 8 bits each
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert backend.fp32_precision == before
     assert len(said) == (not able)
     with fp32_products(False, cpu):

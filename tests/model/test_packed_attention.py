@@ -1,4 +1,4 @@
-"""Documents laid end to end as one call on CUDA: what the kernel is given, and when it is chosen."""
+"""Documents laid end to end as one call on CUDA: what it is given, and when it is chosen."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ LENGTHS = [5, 1, 20, 6]
 H, K, D = 4, 2, 8
 
 
-def operands(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def operands(
+    device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [
+    q, k, v = (
         torch.randn(sum(LENGTHS), heads, D, generator=generator).to(device, dtype).requires_grad_()
         for heads in (H, K, K)
-    ]
+    )
+    return q, k, v
 
 
 def reference(
@@ -39,8 +42,11 @@ def reference(
     assert (max_q, max_k) == (20, 20)
     out = []
     for start, stop in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
-        own = (x[start:stop].transpose(0, 1) for x in (q, k, v))
-        out.append(F.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True))
+        own = [x[start:stop].transpose(0, 1) for x in (q, k, v)]
+        attended = F.scaled_dot_product_attention(
+            own[0], own[1], own[2], is_causal=True, enable_gqa=True
+        )
+        out.append(attended)
     return torch.cat(out, dim=1).transpose(0, 1)
 
 

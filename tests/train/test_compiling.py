@@ -154,6 +154,5 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(UserError, match=r"^compile: needs a C\+\+ compiler.*install g\+\+"):
-        with compiled(True, CPU):
-            pass
+        compiled(True, CPU).__enter__()
     assert all(operation.compiled is None for operation in kernels.TABLE.values())

@@ -54,10 +54,8 @@ def _compile(plain: Callable[..., Any]) -> Callable[..., Any]:
     fast = torch.compile(plain)
 
     def run(*operands: Any) -> Any:
-        special = (
-            isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in operands
-        )
-        return (plain if any(special) else fast)(*operands)
+        kinds = {type(x) for x in operands if isinstance(x, Tensor)}
+        return (fast if kinds <= {Tensor, nn.Parameter} else plain)(*operands)
 
     return run
 
