@@ -12,6 +12,7 @@ folder. A step is answered with seconds, processor seconds and the loss.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -30,17 +31,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from child import answer
 
 LR = 3e-4
-Step = Callable[[list[list[int]]], float]
+Batch = list[list[int]]
+Batches = list[Batch]
+Step = Callable[[Batch], float]
 
 
 def load(side: str, folder: str, rows: str, dtype: str, count: str) -> Mapping[str, Any]:
     """The calls: version, step, memory, and for ours the peak of products."""
     import torch
 
-    batches = _batches(json.loads(Path(rows).read_text()), int(count))
+    text, size = json.loads(Path(rows).read_text()), int(count)
+    whole = len(text) - len(text) % size
+    every = [text[first : first + size] for first in range(0, whole, size)]
+    batches = itertools.cycle(every)
     name, _, mode = side.partition("-")
     make = {"ours": _ours, "trainer": _trainer, "litgpt": _litgpt}[name]
-    take, peak = make(folder, dtype, mode == "compiled", int(count))
+    take, peak = make(folder, dtype, mode == "compiled", every)
 
     def step() -> list[float]:
         batch = next(batches)
@@ -56,14 +62,7 @@ def load(side: str, folder: str, rows: str, dtype: str, count: str) -> Mapping[s
     }
 
 
-def _batches(rows: list[list[int]], count: int) -> Iterator[list[list[int]]]:
-    """Over and over again."""
-    while True:
-        for first in range(0, len(rows) - count + 1, count):
-            yield rows[first : first + count]
-
-
-def _ours(folder: str, dtype: str, compile_: bool, _: int) -> tuple[Step, Callable[[], float]]:
+def _ours(folder: str, dtype: str, compile_: bool, _: Batches) -> tuple[Step, Callable[[], float]]:
     import torch
 
     from qwen2.common.runtime import fp32_products, keep_freed_memory, parse_dtype
@@ -87,7 +86,7 @@ def _ours(folder: str, dtype: str, compile_: bool, _: int) -> tuple[Step, Callab
     recipe = AdamWConfig(lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
     trainee = Trainee(PackedLoss(model), weights, recipe.build(weights.masters))
 
-    def step(rows: list[list[int]]) -> float:
+    def step(rows: Batch) -> float:
         tokens = torch.tensor(rows)
         targets = torch.cat((tokens[:, 1:], torch.full((len(rows), 1), IGNORE)), dim=1)
         lengths = [len(row) for row in rows]
@@ -99,22 +98,27 @@ def _ours(folder: str, dtype: str, compile_: bool, _: int) -> tuple[Step, Callab
     return step, lambda: measure_matmul_peak(number, cpu)
 
 
-def _trainer(folder: str, dtype: str, compile_: bool, count: int) -> tuple[Step, Any]:
-    """Its loop runs in a thread of its own and waits for a batch before each step."""
+def _trainer(folder: str, dtype: str, compile_: bool, batches: Batches) -> tuple[Step, Any]:
+    """Its loop runs in a thread of its own and waits before each step.
+
+    It reads a batch ahead, so it has the same batches from the beginning, in the same order.
+    """
     import torch
     import transformers
 
-    asked: queue.Queue[list[list[int]]] = queue.Queue()
+    asked: queue.Queue[None] = queue.Queue()
     done: queue.Queue[float | BaseException] = queue.Queue()
 
     class Rows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[dict[str, list[int]]]:
-            while True:
-                for row in asked.get():
-                    # The first label is never predicted; -100 keeps it out of the token count.
-                    yield {"input_ids": row, "labels": [-100, *row[1:]]}
+            for row in itertools.chain.from_iterable(itertools.cycle(batches)):
+                # The first label is never predicted; -100 keeps it out of the token count.
+                yield {"input_ids": row, "labels": [-100, *row[1:]]}
 
-    class Done(transformers.TrainerCallback):  # type: ignore[misc]
+    class TakeTurns(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            asked.get()
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
             done.put(losses.pop().item())
 
@@ -123,12 +127,13 @@ def _trainer(folder: str, dtype: str, compile_: bool, count: int) -> tuple[Step,
         model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=transformers.TrainingArguments(
             output_dir=out, use_cpu=True, bf16=dtype == "bf16", torch_compile=compile_,
-            per_device_train_batch_size=count, learning_rate=LR, lr_scheduler_type="constant",
+            per_device_train_batch_size=len(batches[0]), learning_rate=LR,
+            lr_scheduler_type="constant",
             max_steps=10**6, logging_strategy="no", save_strategy="no", report_to=[],
             disable_tqdm=True, accelerator_config={"dispatch_batches": False},
         ),
         train_dataset=Rows(),
-        callbacks=[Done()],
+        callbacks=[TakeTurns()],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     losses: list[Any] = []
@@ -143,8 +148,8 @@ def _trainer(folder: str, dtype: str, compile_: bool, count: int) -> tuple[Step,
 
     threading.Thread(target=train, daemon=True).start()
 
-    def step(rows: list[list[int]]) -> float:
-        asked.put(rows)
+    def step(_: Batch) -> float:
+        asked.put(None)
         result = done.get()
         if isinstance(result, BaseException):
             raise result
@@ -153,7 +158,7 @@ def _trainer(folder: str, dtype: str, compile_: bool, count: int) -> tuple[Step,
     return step, lambda: 0.0
 
 
-def _litgpt(folder: str, dtype: str, compile_: bool, _: int) -> tuple[Step, Any]:
+def _litgpt(folder: str, dtype: str, compile_: bool, _: Batches) -> tuple[Step, Any]:
     import lightning as L
     import torch
     from litgpt.config import Config
@@ -180,7 +185,7 @@ def _litgpt(folder: str, dtype: str, compile_: bool, _: int) -> tuple[Step, Any]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     optimizer = fabric.setup_optimizers(optimizer)
 
-    def step(rows: list[list[int]]) -> float:
+    def step(rows: Batch) -> float:
         data = torch.tensor(rows)
         # litgpt's rows have a token more than they give to the model
         targets = torch.cat((data[:, 1:], torch.full((len(rows), 1), -100)), dim=1)
