@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from harness import alternate, finish, options
-from qwen2.common.plot import line_chart
+from qwen2.common.plot import line_chart, standalone
 from qwen2.common.runtime import keep_freed_memory
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
@@ -38,7 +38,6 @@ SIZES = [(256, 4), (320, 5), (384, 6), (448, 7), (512, 8)]
 """Hidden size and layers."""
 MOST_LOADING = 0.01  # of a step
 CPU = torch.device("cpu")
-PAPER = '<rect width="100%" height="100%" fill="#fff"/>'
 
 
 class Documents:
@@ -121,8 +120,7 @@ def measure(tokens: int, rounds: int, figures: Path | None) -> dict[str, Any]:
             line = fit(points)
             ends = [(x, line["intercept"] + line["slope"] * x) for x, _ in (points[0], points[-1])]
             chart = line_chart({"measured": points, "fit": ends}, label, "seconds of a step")
-            chart = chart.replace("<style>", f"{PAPER}<style>", 1)
-            (figures / f"training_{name}.svg").write_text(chart + "\n")
+            (figures / f"training_{name}.svg").write_text(standalone(chart) + "\n")
     return {
         "tokens": {"points": of_tokens, **fit(of_tokens)},
         "parameters": {"points": of_products, **fit(of_products)},
