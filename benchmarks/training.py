@@ -1,32 +1,38 @@
-"""Training speed of the 47M miniature in bf16: our step against the Hugging Face Trainer's.
+"""Training speed and memory of a 47M miniature: our step beside those of other trainers.
 
-The peer is `transformers.Trainer` as it comes, on the CPU: eager, bf16=True, adamw_torch_fused,
-clipping at 1.0, logging off. Both sides start from the same weights and see the same rows, each of
-one document of 512 tokens, so that both compute the same; the loss curves are compared. They live
-in two processes and take turns, one step each, both with OMP_WAIT_POLICY=passive: threads that spin
-would slow whoever has its turn. On a machine that others use too, the ratio of processor times is
-the steadier one.
+Sides, see peers/training_child.py: ours eager and compiled, the Hugging Face Trainer as it comes
+and with torch.compile, and litgpt's step. They live in processes of their own and take turns, a
+step each, the other way round every other round. All see the same rows, each of one document of 512
+tokens; ours and the Trainer start from the same weights, and their losses are compared. MFU is over
+the matrix product's peak as our process measures it before each round. Peak memory is that of two
+steps of fresh processes at a vocabulary of 152k. On a machine that others use too, the ratio of
+processor times is the steadier one.
 
-    python benchmarks/training.py [--json] [--out FOLDER] [--rounds 5] [--steps 4]
+    python benchmarks/training.py [--json] [--out FOLDER] [--rounds 5] [--tokens 4096]
+        [--dtype bf16|fp32] [--sides ours,trainer] [--litgpt-python PYTHON]
+
+litgpt wants other versions than transformers does, so it has an environment of its own:
+
+    python -m venv litgpt
+    litgpt/bin/pip install torch==2.13.0 litgpt==0.5.13
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import json
 import statistics
+import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 # The harness imports qwen2, which sets OMP_WAIT_POLICY: before torch, and so for the children.
 from harness import finish, options, ratios, spread
+from peers.processes import Absent, Child
+from qwen2.common.progress import say
 
-ROWS, CONTEXT, LR = 8, 512, 3e-4
+CONTEXT = 512
 SHAPE = {
     "vocab_size": 32768,
     "hidden_size": 512,
@@ -38,6 +44,9 @@ SHAPE = {
     "rope_theta": 10_000.0,
     "max_position_embeddings": 4096,
 }
+LARGE_VOCABULARY = 151_936
+SIDES = ("ours", "ours-compiled", "trainer", "trainer-compiled", "litgpt")
+SAME_WEIGHTS = ("ours", "ours-compiled", "trainer", "trainer-compiled")
 
 
 def rows_of_text(count: int) -> list[list[int]]:
@@ -55,138 +64,8 @@ def rows_of_text(count: int) -> list[list[int]]:
     raise SystemExit("the standard library is too small for so many steps")
 
 
-def ours(connection: Connection, folder: str, rows: list[list[int]]) -> None:
-    """Answer every message with (seconds, processor seconds, loss) of one of our steps."""
-    import torch
-
-    from qwen2.common.runtime import keep_freed_memory
-    from qwen2.model.hub import load_model
-    from qwen2.tokens.packing import PackedBatch
-    from qwen2.train.loss import IGNORE
-    from qwen2.train.optimizers import AdamWConfig
-    from qwen2.train.packed_loss import PackedLoss
-    from qwen2.train.precision import MasterWeights
-    from qwen2.train.step import Trainee, train_step
-
-    keep_freed_memory()
-    model = load_model(folder, dtype="fp32")
-    weights = MasterWeights(model, torch.bfloat16)
-    recipe = AdamWConfig(lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
-    trainee = Trainee(PackedLoss(model), weights, recipe.build(weights.masters))
-    for first in range(0, len(rows), ROWS):
-        connection.recv()
-        clock = Clock()
-        tokens = torch.tensor(rows[first : first + ROWS])
-        targets = torch.cat((tokens[:, 1:], torch.full((ROWS, 1), IGNORE)), dim=1)
-        positions = torch.arange(CONTEXT).repeat(ROWS)
-        batch = PackedBatch(tokens.flatten(), targets.flatten(), positions, [CONTEXT] * ROWS)
-        result = train_step(trainee, [batch], LR, clip=1.0)
-        connection.send((*clock.read(), result.loss))
-    connection.send(peak_memory())
-
-
-def peer(connection: Connection, folder: str, rows: list[list[int]]) -> None:
-    """Answer every message as `ours` does, with a step of the Hugging Face Trainer."""
-    import torch
-    import transformers
-
-    class TakeTurns(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            connection.recv()
-            self.clock = Clock()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            connection.send((*self.clock.read(), losses[-1].item()))
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as out:
-        trainer = transformers.Trainer(
-            model=model,
-            args=transformers.TrainingArguments(
-                output_dir=out,
-                use_cpu=True,
-                bf16=True,
-                per_device_train_batch_size=ROWS,
-                learning_rate=LR,
-                lr_scheduler_type="constant",
-                max_steps=len(rows) // ROWS,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            ),
-            # The first label is never predicted; -100 keeps it out of the Trainer's token count.
-            train_dataset=[{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows],
-            callbacks=[TakeTurns()],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)  # it would print beside our JSON
-        trainer._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(rows)
-        losses: list[Any] = []
-        step = trainer.training_step
-        trainer.training_step = lambda *a, **k: losses.append(step(*a, **k)) or losses[-1]
-        trainer.train()
-    connection.send(peak_memory())
-
-
-class Clock:
-    """Seconds since it was made: on the wall, and of this process's threads on processors."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def read(self) -> tuple[float, float]:
-        return time.perf_counter() - self.wall, time.process_time() - self.cpu
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure(rounds: int, steps: int) -> dict[str, Any]:
-    """Alternate single steps of both sides; a round's figure is the mean of its `steps`."""
-    from qwen2.model.config import ModelConfig
-
-    rows = rows_of_text((1 + rounds * steps) * ROWS)
-    config = ModelConfig(**SHAPE)
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(config, folder)
-        sides = {side.__name__: start(side, folder, rows) for side in (ours, peer)}
-        for connection in sides.values():  # a step to warm up
-            turn(connection)
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
-        losses: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds):
-            taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
-            for _ in range(steps):
-                for name, connection in sides.items():
-                    taken[name].append(turn(connection))
-            for name, turns in taken.items():
-                seconds[name].append(statistics.mean(t[0] for t in turns))
-                cpu_seconds[name].append(statistics.mean(t[1] for t in turns))
-                losses[name] += [t[2] for t in turns]
-        memory = {name: connection.recv() for name, connection in sides.items()}
-    tokens = ROWS * CONTEXT
-    apart = [abs(o - p) for o, p in zip(losses["ours"], losses["peer"], strict=True)]
-    return {
-        "parameters": config.num_parameters(),
-        "tokens_per_second": spread([tokens / s for s in seconds["ours"]]),
-        "peer_tokens_per_second": spread([tokens / s for s in seconds["peer"]]),
-        "training_ratio": ratios(seconds["peer"], seconds["ours"]),
-        "training_cpu_time_ratio": ratios(cpu_seconds["peer"], cpu_seconds["ours"]),
-        "loss_steps": len(apart),
-        "loss_max_difference": max(apart),
-        "loss_first_last": [losses["ours"][0], losses["ours"][-1]],
-        "peak_rss_bytes": memory["ours"],
-        "peer_peak_rss_bytes": memory["peer"],
-    }
-
-
 def write_model(config: Any, folder: str) -> None:
-    """A model with first weights in the Hugging Face layout, for both sides to load."""
+    """A model with first weights in the Hugging Face layout, for all sides to load."""
     import torch
 
     from qwen2.model.decoder import Qwen2, init_weights
@@ -198,28 +77,142 @@ def write_model(config: Any, folder: str) -> None:
     save(model, Tokenizer.qwen2(), Path(folder), overwrite=True)
 
 
-def start(side: Callable[..., None], folder: str, rows: list[list[int]]) -> Connection:
-    """Run `side` in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    context.Process(target=side, args=(there, folder, rows), daemon=True).start()
-    return here
+class Benchmark:
+    """What is measured, of rows in `folder`."""
+
+    def __init__(self, chosen: Any, folder: str) -> None:
+        self.chosen, self.folder = chosen, folder
+        self.rows = max(1, chosen.tokens // CONTEXT)
+        self.absent: dict[str, str] = {}
+        text = rows_of_text((2 + chosen.rounds) * self.rows)
+        Path(folder, "rows.json").write_text(json.dumps(text))
+
+    def child(self, side: str, model: str, dtype: str) -> Child:
+        """A process of a side."""
+        python = self.chosen.litgpt_python if side == "litgpt" else sys.executable
+        if python is None:
+            raise Absent("give --litgpt-python")
+        rows = f"{self.folder}/rows.json"
+        return Child(python, "training_child.py", side, model, rows, dtype, self.rows)
+
+    def speed(self) -> dict[str, Any]:
+        """Steps of all sides in turn, after two to warm up."""
+        from qwen2.model.config import ModelConfig
+
+        config = ModelConfig(**SHAPE)
+        model = f"{self.folder}/model"
+        write_model(config, model)
+        children: dict[str, Child] = {}
+        for side in self.chosen.sides.split(","):
+            try:
+                children[side] = self.child(side, model, self.chosen.dtype)
+                for _ in range(2):
+                    children[side].call("step")
+            except Absent as error:
+                self.absent[side] = str(error)
+                children.pop(side, None)
+                say(f"{side}: {error}")
+        steps: dict[str, list[list[float]]] = {side: [] for side in children}
+        peaks: list[float] = []
+        for number in range(self.chosen.rounds):
+            peaks.append(children["ours"].call("matmul_peak"))
+            for side in list(children)[:: 1 if number % 2 else -1]:
+                steps[side].append(children[side].call("step"))
+            say(f"round {number + 1} of {self.chosen.rounds}")
+        for child in children.values():
+            child.close()
+        tokens = self.rows * CONTEXT
+        flops = tokens * config.flops_per_token(CONTEXT)
+        peak = statistics.median(peaks)
+        return {
+            "parameters": config.num_parameters(),
+            "tokens_of_a_step": tokens,
+            "matmul_peak_gflops": spread([value / 1e9 for value in peaks]),
+            "sides": {side: _figures(taken, tokens, flops / peak) for side, taken in steps.items()},
+            "ratios": {
+                f"{mine} over {other}": _ratios(steps[mine], steps[other])
+                for mine in steps
+                if mine.startswith("ours")
+                for other in steps
+                if other != mine and (mine == "ours" or not other.startswith("ours"))
+            },
+            "loss_difference_to_ours": {
+                side: max(abs(a[2] - b[2]) for a, b in zip(steps["ours"], taken, strict=True))
+                for side, taken in steps.items()
+                if side in SAME_WEIGHTS
+            },
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Peak bytes of ours and of the Trainer at a large vocabulary."""
+        from qwen2.model.config import ModelConfig
+
+        model = f"{self.folder}/large"
+        write_model(ModelConfig(**{**SHAPE, "vocab_size": LARGE_VOCABULARY}), model)
+        peaks = {}
+        for side in ("ours", "trainer"):
+            child = self.child(side, model, self.chosen.dtype)
+            for _ in range(2):
+                child.call("step")
+            peaks[side] = child.call("memory")
+            child.close()
+        return {"peak_rss_bytes": peaks, "ratio": round(peaks["trainer"] / peaks["ours"], 3)}
+
+    def rounding(self) -> dict[str, Any]:
+        """`matmul: rounded` beside exact products: seconds, and losses of the same batches."""
+        model = f"{self.folder}/model"
+        children = {name: self.child("ours", model, name) for name in ("fp32", "fp32-rounded")}
+        steps: dict[str, list[list[float]]] = {name: [] for name in children}
+        for _ in range(1 + self.chosen.rounds):
+            for name, child in children.items():
+                steps[name].append(child.call("step"))
+        for child in children.values():
+            child.close()
+        exact, rounded = (taken[1:] for taken in steps.values())
+        apart = [abs(a[2] - b[2]) for a, b in zip(exact, rounded, strict=True)]
+        return {
+            "ratio": ratios([t[0] for t in exact], [t[0] for t in rounded]),
+            "loss_max_difference": max(apart),
+        }
 
 
-def turn(connection: Connection) -> tuple[float, float, float]:
-    """Let a side take one step: (seconds, processor seconds, loss)."""
-    connection.send("go")
-    result: tuple[float, float, float] = connection.recv()
-    return result
+def _figures(steps: list[list[float]], tokens: int, least: float) -> dict[str, Any]:
+    """Of the steps of one side; `least` is the seconds of a step at the peak."""
+    return {
+        "tokens_per_second": spread([tokens / step[0] for step in steps]),
+        "mfu": spread([least / step[0] for step in steps]),
+        "cpu_seconds": spread([step[1] for step in steps]),
+        "losses": [round(step[2], 4) for step in steps],
+    }
+
+
+def _ratios(mine: list[list[float]], other: list[list[float]]) -> dict[str, Any]:
+    """Our speed over the other side's: by the clock, and by processor time."""
+    names = ("seconds", "cpu_seconds")
+    return {n: ratios([t[i] for t in other], [t[i] for t in mine]) for i, n in enumerate(names)}
 
 
 def main() -> None:
     """Measure and print."""
+    import torch
+
+    from qwen2.common.runtime import training_dtype
+
     parser = options(__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=4, help="steps of a run")
+    here = training_dtype(torch.device("cpu"))
+    parser.add_argument("--tokens", type=int, default=8 * CONTEXT, help="of a step")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default=here)
+    parser.add_argument("--sides", default=",".join(SIDES), help="which, by commas; ours is one")
+    parser.add_argument("--parts", default="speed,memory,rounding", help="which, by commas")
+    parser.add_argument("--litgpt-python", help="a Python with litgpt")
     chosen = parser.parse_args()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    finish("training", measure(chosen.rounds, chosen.steps), chosen)
+    figures: dict[str, Any] = {"dtype": chosen.dtype}
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark = Benchmark(chosen, folder)
+        for part in chosen.parts.split(","):
+            figures[part] = getattr(benchmark, part)()
+        figures["absent"] = benchmark.absent
+    finish("training", figures, chosen)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from qwen2.common.runtime import free_memory, in_threads, peak_memory
+from qwen2.common import runtime
+from qwen2.common.runtime import fp32_products, free_memory, in_threads, peak_memory
 
 
 def test_every_item_is_done_once_by_threads_of_one() -> None:
@@ -66,3 +67,36 @@ def test_peak_memory_is_what_was_held_though_it_is_given_back() -> None:
 def test_peak_memory_on_cuda_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 if device.index else 7)
     assert peak_memory(torch.device("cuda:1")) == 5
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_products_are_rounded_until_left(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(runtime, "say", said.append)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    backend, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
+    before = backend.fp32_precision
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact = a @ b
+
+    @fp32_products(True, cpu)
+    def fail() -> None:
+        assert backend.fp32_precision == "bf16"
+        torch.testing.assert_close(a @ b, exact, atol=0.3, rtol=0)  # 64 terms, 8 bits each
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert backend.fp32_precision == before
+    assert len(said) == (not able)
+    with fp32_products(False, cpu):
+        assert backend.fp32_precision == before
+
+
+def test_products_are_rounded_to_tf32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    with fp32_products(True, torch.device("cuda")):
+        assert backend.fp32_precision == "tf32"
+    assert backend.fp32_precision == before

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import torch
 
 from qwen2.common.cores import available_cores as available_cores
 from qwen2.common.errors import UserError
+from qwen2.common.progress import say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +37,33 @@ def training_dtype(device: torch.device) -> Literal["bf16", "fp32"]:
     """What a small run computes fastest in: bf16, where the device has products of it."""
     fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16" if fast else "fp32"
+
+
+@contextlib.contextmanager
+def fp32_products(rounded: bool, device: torch.device) -> Iterator[None]:
+    """Where `rounded`, let products of fp32 matrices round what they multiply until this is left.
+
+    To bf16 on the CPU, to TF32 on CUDA; sums, and all that is no product, stay in fp32. Where the
+    device cannot, a line says so and products stay as they are.
+    """
+    if not rounded:
+        yield
+        return
+    backends: Any = torch.backends  # whose types leave this out
+    if device.type == "cuda":
+        backend, mode = backends.cuda.matmul, "tf32"
+        able = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        backend, mode = backends.mkldnn.matmul, "bf16"
+        able = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not able:
+        say(f"matmul: this device has no products of {mode}; those of fp32 stay exact")
+    before = backend.fp32_precision
+    backend.fp32_precision = mode
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def pick_device(name: str = "auto") -> torch.device:

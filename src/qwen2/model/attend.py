@@ -10,11 +10,16 @@ exponentiated scores,
 equals the softmax over all keys together. The backward pass gives the kernel the merged output and
 the merged lse, with which its formula yields each part's share of the exact gradient, as in ring
 attention (Liu et al. 2023). `plain_part` is the reference, and what other devices get.
+
+Of documents laid end to end each is one call of the kernel; on CUDA all are one call together,
+which knows where each begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +44,21 @@ class Part(NamedTuple):
     causal: bool
 
 
+@dataclass
+class Documents:
+    """The lengths of documents that lie end to end, and where they end, once for all layers."""
+
+    lengths: Sequence[int]
+    _ends: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def ends(self, device: torch.device) -> Tensor:
+        """0, and the number of tokens up to the end of each document: (documents + 1,), int32."""
+        if device not in self._ends:
+            ends = [*accumulate(self.lengths, initial=0)]
+            self._ends[device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._ends[device]
+
+
 def attend(parts: Sequence[Part]) -> Tensor:
     """Attention of the same T queries, rotated for each part, over the keys of all parts.
 
@@ -60,6 +80,26 @@ def attend(parts: Sequence[Part]) -> Tensor:
     if T == 1:
         return out.reshape(1, H, D).to(dtype)
     return out.to(dtype).view(K, H // K, T, D).permute(2, 0, 1, 3).reshape(T, H, D)
+
+
+def each_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Causal attention within each document: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+    each = zip(*(x.split(list(documents.lengths)) for x in (q, k, v)), strict=True)
+    return torch.cat([attend([Part(q, k, v, causal=True)]) for q, k, v in each])
+
+
+def all_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """The same in one call, on CUDA."""
+    from torch.nn.attention import varlen  # brings torch.compile along: a second
+
+    ends, longest = documents.ends(q.device), max(documents.lengths)
+    out = varlen.varlen_attn(
+        q, k, v, ends, ends, longest, longest,
+        window_size=(-1, 0),  # causal
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+    return out
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen2.model.attend import Part, attend
+from qwen2.model import kernels
+from qwen2.model.attend import Documents, Part, attend
 from qwen2.model.config import ModelConfig
 from qwen2.model.dual_chunk import DualChunkAttention
 from qwen2.model.linear import Projections
@@ -95,12 +96,13 @@ def scheme_of(config: ModelConfig) -> Scheme:
 class PackedAttention:
     """Documents laid end to end: causal within each, blind to the others.
 
-    Each document is one call, so neither a mask nor padding is ever built: the memory is linear in
-    N and no product is spent on pairs that may not see each other.
+    Neither a mask nor padding is ever built: the memory is linear in N and no product is spent on
+    pairs that may not see each other.
     """
 
     def __init__(self, lengths: Sequence[int], scheme: Scheme = CAUSAL) -> None:
         self.lengths, self.scheme = list(lengths), scheme
+        self.documents = Documents(self.lengths)
 
     def rotary(self, rope: Rope, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """The scheme's tables."""
@@ -109,6 +111,9 @@ class PackedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Attention within each document."""
         queries, k = self.scheme.rotate(q, k, rotary)
+        if self.scheme.is_plain(layer):
+            attended: Tensor = kernels.TABLE["packed attention"](queries[0], k, v, self.documents)
+            return attended
         documents = zip(*(x.split(self.lengths) for x in (k, v, *queries)), strict=True)
         return torch.cat([self.scheme.attend(layer, rotated, k, v) for k, v, *rotated in documents])
 

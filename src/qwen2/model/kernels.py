@@ -95,6 +95,12 @@ def _half(q: Tensor, *_: Any) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16)
 
 
+def _varlen(q: Tensor, *_: Any) -> bool:
+    """What the flash kernel takes, from Ampere on; not fp16, see attend."""
+    able = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return able and q.dtype == torch.bfloat16 and q.shape[-1] <= 256 and not q.shape[-1] % 8
+
+
 def _sixteen_bytes(left: Tensor, right: Tensor, _: Tensor) -> bool:
     """bf16 in rows of a multiple of 16 bytes."""
     sizes = (*left.shape[1:], *right.shape[1:])
@@ -158,6 +164,11 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     """gate_up (N, 2 I), which is written over -> silu(gate) * up (N, I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate, inplace=True).mul_(up)  # fresh memory costs a tenth of it
+
+
+def _gate(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of two (N, I), which stay as they are."""
+    return F.silu(gate) * up
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -226,6 +237,13 @@ def _attention_operands(device: torch.device) -> tuple[Any, ...]:
 
     kept = LayerKV(_bf16(device, ROWS, KV, D), _bf16(device, ROWS, KV, D))
     return _bf16(device, ROWS, H, D), kept, torch.arange(ROWS, device=device)
+
+
+def _packed_operands(device: torch.device) -> tuple[Any, ...]:
+    from qwen2.model.attend import Documents
+
+    keys = (_bf16(device, ROWS, KV, D) for _ in range(2))
+    return _bf16(device, ROWS, H, D), *keys, Documents([ROWS // 8, ROWS // 2, 3 * ROWS // 8])
 
 
 def _parts_operands(device: torch.device) -> tuple[Any, ...]:
@@ -334,11 +352,23 @@ TABLE = {
         {"cpu": {"native": Kernel(native.swiglu, _native)}},
         lambda device: (_bf16(device, ROWS, 2 * N),),
     ),
+    "gate": Operation(
+        "silu(gate) * up in training",
+        ("PyTorch", Kernel(_gate)),
+        {},
+        lambda device: tuple(_bf16(device, 2, ROWS, N)),
+    ),
     "attention": Operation(
         "causal attention of many tokens over paged keys",
         ("gather and SDPA", Kernel(_gathered_attention)),
         {"cpu": {"native": Kernel(native.attention, _native_attention)}},
         _attention_operands,
+    ),
+    "packed attention": Operation(
+        "causal attention within documents laid end to end",
+        ("SDPA, document by document", Kernel(_later("attend", "each_document"))),
+        {"cuda": {"varlen": Kernel(_later("attend", "all_documents"), _varlen)}},
+        _packed_operands,
     ),
     "merged attention": Operation(
         "attention over several sets of keys, merged by log-sum-exp",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen2.model import kernels
@@ -28,5 +27,5 @@ class MLP(nn.Module):
         joint = self.projections.together(x)
         if joint is None:
             gate, up = self.projections(x)
-            return self.down_proj(F.silu(gate) * up)
+            return self.down_proj(kernels.TABLE["gate"](gate, up))
         return self.down_proj(kernels.TABLE["swiglu"](joint))

@@ -48,6 +48,7 @@ class Operation:
     plain: name and kernel of the reference in PyTorch, which takes everything, everywhere.
     fast: the other kernels by the type of device, the best first as far as one knows.
     operands: of a usual size on a device, to measure with; the first says where the work is done.
+    compiled: what does it instead while gradients are recorded, see train/compiling.py.
     """
 
     about: str
@@ -56,6 +57,7 @@ class Operation:
     operands: Callable[[torch.device], tuple[Any, ...]]
     microseconds: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """By device, of each kernel that was measured; None: it cannot be used there."""
+    compiled: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         self.kernels = {device: dict(self.fast.get(device, ())) for device in DEVICES}
@@ -87,6 +89,8 @@ class Operation:
 
     def __call__(self, *operands: Any) -> Any:
         """Do it."""
+        if self.compiled is not None and torch.is_grad_enabled():
+            return self.compiled(*operands)
         device = operands[0].device.type
         for name in self.order.get(device, ()):
             kernel = self.kernels[device][name]

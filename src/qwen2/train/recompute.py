@@ -37,6 +37,8 @@ KEPT = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 """Operators whose results `selective` keeps."""
+KEPT_BY_NAME = {"torch_attn::_varlen_attn"}
+"""The same, of those that are registered when they are first used."""
 
 MARKS = {
     torch.ops.profiler._record_function_enter_new.default,
@@ -59,6 +61,6 @@ def recompute_activations(model: Qwen2, how: Recompute) -> None:
 
 
 def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    if operator in KEPT:
+    if operator in KEPT or operator.name() in KEPT_BY_NAME:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

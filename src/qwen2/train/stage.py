@@ -27,12 +27,13 @@ from pydantic import Field, model_validator
 
 from qwen2.common.errors import UserError
 from qwen2.common.files import read_text, remove_leftovers
-from qwen2.common.runtime import parse_dtype
+from qwen2.common.runtime import fp32_products, parse_dtype
 from qwen2.model.config import ModelConfig
 from qwen2.model.extend import reconfigure
 from qwen2.model.weights import on_meta
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import Shards
+from qwen2.train.compiling import compiled
 from qwen2.train.export import export
 from qwen2.train.first_weights import FirstWeights
 from qwen2.train.flops import measure_matmul_peak
@@ -54,7 +55,7 @@ from qwen2.train.world import World, open_world
 FREE = {
     "out", "threads", "device", "activation_checkpointing", "keep", "keep_every",
     "checkpoint_every", "async_checkpoints", "evaluate_every", "held_out", "held_out_tokens",
-    "tensorboard", "profile", "mesh",
+    "tensorboard", "profile", "mesh", "compile",
 }  # fmt: skip
 """Keys that may change when a run resumes: none of them changes what is computed, but for the order
 of sums."""
@@ -74,7 +75,9 @@ class StageRecipe(LoopSettings):
     optimizer: OptimizerConfig
     schedule: Schedule = Cosine()
     dtype: Literal["bf16", "fp32"] = "bf16"
+    matmul: Literal["fp32", "rounded"] = "fp32"  # of fp32: to bf16 on the CPU, to TF32 on CUDA
     activation_checkpointing: Recompute = "none"
+    compile: bool = False  # what lies between products, see compiling.py
     held_out: Path | None = None
     """A folder of shards, whose bits per byte by kind are measured every `evaluate_every` steps."""
     held_out_tokens: int = Field(default=100_000, gt=0)  # of each kind that are read for that
@@ -86,6 +89,12 @@ class StageRecipe(LoopSettings):
     @model_validator(mode="after")
     def _has_a_length(self) -> Self:
         assert self.plan
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_what_is_exact(self) -> Self:
+        if self.matmul == "rounded" and self.dtype != "fp32":
+            raise ValueError("matmul rounded: products in bf16 are so already; give dtype fp32")
         return self
 
     @property
@@ -177,18 +186,20 @@ def run_stage(
         shards = Shards(recipe.held_out)
         tokens = recipe.held_out_tokens
         held_out = HeldOut(shards, tokenizer, first.context, first.rows, tokens)
-    run = Run(
-        trainee,
-        loader,
-        recipe,
-        recipe.lr,
-        recipe.out,
-        recipe.stage,
-        measure_matmul_peak(parse_dtype(recipe.dtype), world.device),
-        None if held_out is None else held_out.bits_per_byte,
-        enter,
-    )
-    finished = run.train(recipe.total_steps)
+    rounded = recipe.matmul == "rounded"
+    with fp32_products(rounded, world.device), compiled(recipe.compile, world.device):
+        run = Run(
+            trainee,
+            loader,
+            recipe,
+            recipe.lr,
+            recipe.out,
+            recipe.stage,
+            measure_matmul_peak(parse_dtype(recipe.dtype), world.device),
+            None if held_out is None else held_out.bits_per_byte,
+            enter,
+        )
+        finished = run.train(recipe.total_steps)
     exported = recipe.out / "model"
 
     def export_once() -> None:
