@@ -34,6 +34,7 @@ from qwen2.train.loop import Evaluate, LoopSettings, Run, Trainee
 from qwen2.train.optimizers import OptimizerConfig
 from qwen2.train.phases import PhasedLoader, Stretch, config_of_phase, factor_at, phase_at
 from qwen2.train.precision import MasterWeights
+from qwen2.train.ranks import from_first
 from qwen2.train.recompute import Recompute, recompute_activations
 from qwen2.train.schedules import Cosine, Schedule
 from qwen2.train.tensorboard import require_tensorboard
@@ -163,9 +164,14 @@ def run_stage(
     )
     finished = run.train(recipe.total_steps)
     exported = recipe.out / "model"
-    if finished and not exported.exists():
-        assert run.checkpoint is not None  # of the last step
-        export(run.checkpoint, exported, tokenizer, parse_dtype(recipe.dtype))
+
+    def finish() -> None:
+        if not exported.exists():
+            assert run.checkpoint is not None  # of the last step
+            export(run.checkpoint, exported, tokenizer, parse_dtype(recipe.dtype))
+
+    if finished:
+        from_first(finish, run.checkpoints.group)
     return StageResult(
         run.state.step,
         recipe.total_steps,
