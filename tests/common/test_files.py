@@ -25,6 +25,35 @@ def fill(folder: Path) -> None:
     (folder / "deep" / "b.bin").write_bytes(bytes(1000))
 
 
+def test_files_of_other_processes_are_taken_at_their_word_and_must_be_there(tmp_path: Path) -> None:
+    known = {"theirs": {"bytes": 1, "sha256": "as they said"}}
+    with durable_folder(tmp_path / "out", known=known) as partial:
+        (partial / "theirs").write_text("b")
+        (partial / "ours").write_text("a")
+    assert (
+        verify_folder(tmp_path / "out")
+        == f"{tmp_path}/out/theirs: its sha256 is not the manifest's"
+    )
+    with (
+        pytest.raises(UserError, match="wrote theirs, which is not there"),
+        durable_folder(tmp_path / "other", known=known) as partial,
+    ):
+        (partial / "ours").write_text("a")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_shares_of_a_folder_are_all_of_it(tmp_path: Path) -> None:
+    with durable_folder(tmp_path / "out") as partial:
+        for number in range(5):
+            (partial / str(number)).write_text("x" * number)
+    for number in range(5):
+        path = tmp_path / "out" / str(number)
+        path.write_text("y" * (number + 1))
+        found = [verify_folder(tmp_path / "out", (share, 3)) for share in range(3)]
+        assert sum(problem is not None for problem in found) == 1
+        path.write_text("x" * number)
+
+
 def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with durable_folder(target) as partial:
