@@ -30,6 +30,7 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        self.calls = 0
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):
@@ -42,6 +43,7 @@ class Ranks:
 
     def run(self, function: Function, *args: Any) -> list[Any]:
         """What `function(*args)` returns in each rank; a failure of any of them is raised."""
+        self.calls += 1
         for pipe in self.pipes:
             pipe.send((function.__code__.co_filename, function.__name__, args))
         answers: dict[int, Any] = {}
