@@ -115,7 +115,8 @@ def test_two_ranks_train_the_model_that_one_process_does(
     assert alone.model is not None
     expected = load_model(alone.model).state_dict()
     for name, tensor in load_model(result["model"]).state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-5)
+        # A hundredth of an update: Adam's are as large where gradients are nearly nothing.
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4)
     # One process goes on from what both saved.
     for path in (two / "model", two / "checkpoints" / "step-00000008"):
         shutil.rmtree(path)
