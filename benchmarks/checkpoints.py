@@ -28,9 +28,11 @@ from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.tokens.packing import PackedBatch
 from qwen2.train.checkpointer import Checkpointer
 from qwen2.train.checkpoints import RunState
-from qwen2.train.loop import LoopSettings, Trainee, train_step
+from qwen2.train.loop import LoopSettings
 from qwen2.train.optimizers import AdamWConfig
+from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.precision import MasterWeights
+from qwen2.train.step import Trainee, train_step
 
 SHAPE = ModelConfig(
     vocab_size=8192,
@@ -48,7 +50,7 @@ def new_trainee() -> Trainee:
     model = Qwen2(SHAPE)
     init_weights(model, torch.Generator().manual_seed(0))
     weights = MasterWeights(model, torch.float32)
-    return Trainee(model, weights, AdamWConfig(lr=1e-4).build(weights.masters))
+    return Trainee(PackedLoss(model), weights, AdamWConfig(lr=1e-4).build(weights.masters))
 
 
 def step(trainee: Trainee) -> float:
