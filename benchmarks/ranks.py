@@ -1,7 +1,7 @@
 """Two ranks of a core each against one: tokens per second of the same run, by `qwen2 train`.
 
-Both have the same recipe, as many rows a step and one thread a process; two under torchrun share the
-rows and the weights (FSDP2 over gloo). The figure of a run is the median of its steps but the first
+Both have the same recipe, as many rows a step and one thread a process; two under torchrun share
+the rows and the weights (FSDP2 over gloo). The figure of a run is the median of its steps but the first
 ones; runs take turns, ratios are of pairs. It needs two idle cores.
 
     python benchmarks/ranks.py [--json] [--out FOLDER] [--rounds 5] [--steps 12]

@@ -207,10 +207,12 @@ class Run:
             UserError: it has gone back to the same checkpoint too often.
         """
         spike, before = self.settings.spike, self.state.losses
-        why = spike.describe(loss, before) if spike else None
-        if spike is None or why is None or self.checkpoint is None:
-            if spike:
-                self.state.losses = [*before, loss][-spike.window :]
+        if spike is None:
+            return False
+        if why := spike.describe(loss, before):
+            self.checkpoints.wait()  # until then ranks may not know of the same newest one
+        if why is None or self.checkpoint is None:
+            self.state.losses = [*before, loss][-spike.window :]
             return False
         why = f"{why}, at step {self.state.step}"
         if self._returns == spike.most:
@@ -219,7 +221,6 @@ class Run:
                 "optimizer.lr, or look at the data"
             )
         self._returns += 1
-        self.checkpoints.wait()
         self._load(self.checkpoint)
         for _ in range(self._read + spike.skip):
             next(self.loader)
