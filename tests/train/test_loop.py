@@ -311,3 +311,30 @@ def test_the_output_z_loss_keeps_the_logsumexp_small(
         ]
         last.append(steps[-1].square_log_z)
     assert last[1] < 0.5 * last[0]
+
+
+def test_checkpoints_written_beside_training_change_nothing(
+    tmp_path: Path, new_trainee: NewTrainee, new_loader: NewLoader
+) -> None:
+    class Stopping:
+        """Is asked to stop in the fifth step."""
+
+        def __init__(self, inner: PackedLoader) -> None:
+            self.inner = inner
+            self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
+
+        def __next__(self) -> PackedBatch:
+            if self.inner.row == 4 * self.inner.rows:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self.inner)
+
+    plain, beside = new_trainee(), new_trainee()
+    run(tmp_path / "plain", plain, new_loader(), 8, checkpoint_every=2)
+    settings_ = {"checkpoint_every": 2, "async_checkpoints": True}
+    stopped = run(tmp_path / "beside", new_trainee(), Stopping(new_loader()), 8, **settings_)
+    assert stopped.state.step == 5
+    assert stopped.checkpoint == tmp_path / "beside/checkpoints/step-00000005"
+    done = run(tmp_path / "beside", beside, new_loader(), 8, **settings_)
+    assert done.checkpoint == tmp_path / "beside/checkpoints/step-00000008"
+    assert_same_weights(plain, beside)
+    assert metrics(tmp_path / "beside") == metrics(tmp_path / "plain")

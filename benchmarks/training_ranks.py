@@ -1,10 +1,10 @@
 """Two ranks of a core each against one: tokens per second of the same run, by `qwen2 train`.
 
 Both have the same recipe, as many rows a step and one thread a process; two under torchrun share
-the rows and the weights (FSDP2 over gloo). The figure of a run is the median of its steps but the first
-ones; runs take turns, ratios are of pairs. It needs two idle cores.
+the rows and the weights (FSDP2 over gloo). The figure of a run is the median of its steps but the
+first ones; runs take turns, ratios are of pairs. It needs two idle cores.
 
-    python benchmarks/ranks.py [--json] [--out FOLDER] [--rounds 5] [--steps 12]
+    python benchmarks/training_ranks.py [--json] [--out FOLDER] [--rounds 5] [--steps 12]
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
         "tokens_per_s": {name: median(each) for name, each in found.items()},
         "two_over_one": ratios(found["two"], found["one"]),
     }
-    finish("ranks", figures, chosen)
+    finish("training_ranks", figures, chosen)
 
 
 if __name__ == "__main__":
