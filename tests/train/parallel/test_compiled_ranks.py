@@ -8,53 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from comparison import CPU, MIXTURE, new_batch, new_model, new_world, total_count
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from qwen2.model.config import Mixture, ModelConfig
-from qwen2.model.decoder import Qwen2, init_weights
-from qwen2.tokens.packing import PackedBatch
 from qwen2.train.compiling import compiled
-from qwen2.train.mesh import Mesh
 from qwen2.train.packed_loss import PackedLoss
 from qwen2.train.parallelise import parallelise
 from qwen2.train.recompute import recompute_activations
-from qwen2.train.world import World
 
-CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-MIXTURE = Mixture(
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    shared_expert_intermediate_size=24,
-)
-LENGTHS = [[5, 11, 3, 13, 16], [9, 7, 16, 2, 14]]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
-
-
-def new_model(changes: dict[str, Any]) -> Qwen2:
-    model = Qwen2(ModelConfig(**{**SHAPE, **changes}))
-    init_weights(model, torch.Generator().manual_seed(1))
-    return model
-
-
-def new_batch(number: int) -> PackedBatch:
-    lengths = LENGTHS[number]
-    tokens, targets = torch.randint(
-        61, (2, sum(lengths)), generator=torch.Generator().manual_seed(number)
-    )
-    return PackedBatch(tokens, targets, torch.cat([torch.arange(n) for n in lengths]), lengths)
 
 
 def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
@@ -62,8 +25,8 @@ def compare(sizes: dict[str, int], changes: dict[str, Any]) -> None:
     torch._dynamo.reset()
     counters.clear()
     alone, model = new_model(changes), new_model(changes)
-    world = World(Mesh(**sizes).resolve(dist.get_world_size(), model.config, 16), CPU)
-    count = sum(len(new_batch(number).tokens) for number in range(world.mesh.dp))
+    world = new_world(sizes, changes)
+    count = total_count([new_batch(number) for number in range(world.mesh.dp)])
     recompute_activations(model, "selective")
     loss_of = parallelise(model, world, torch.float32)
     for _ in range(2):
