@@ -13,9 +13,8 @@ stage computes the loss of all, and the gradients of the sums come back with tho
 states. Counts of pairs travel as fp32, which is exact up to 2^24 of an expert in a micro-batch of a
 rank.
 
-Difference to what plan_memory.py takes for granted: torch receives each of the M
-micro-batches of a step into memory of its own, M·n·C numbers from the stage before and as many from
-the one after, all of which stands from the beginning of the step to its end.
+torch receives each of the M micro-batches of a step into memory of its own: M·n·C numbers from the
+stage before and as many from the one after stand from the beginning of the step to its end.
 """
 
 from __future__ import annotations

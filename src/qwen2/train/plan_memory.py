@@ -237,6 +237,14 @@ def _moments_alone(work: Work) -> Iterator[Memory]:
     yield Memory(**state, gradients=4 * parameters)
 
 
+def _sent(work: Work, stage: int) -> int:
+    """Bytes for what the stages beside this one send: torch has room for all micro-batches of a
+    step, see pipeline_parallel.py."""
+    beside = (stage > 0) + (stage < work.mesh.pp - 1)
+    hidden = share(work.tokens * work.model.hidden_size * work.itemsize, work.mesh.tp)
+    return beside * work.micro_batches * hidden
+
+
 def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
     """Of a rank among several: FSDP over the mesh's dp_shard and cp."""
     model, mesh, b = work.model, work.mesh, work.itemsize
@@ -248,13 +256,14 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
     saved = activations(work, stage)
     forward, backward = _loss(work) if stage == mesh.pp - 1 else (0, 0)
     before = 4 * kept if work.micro_batches > 1 else 0
+    sent = _sent(work, stage)
     yield Memory(
         **state, gathered=gathered, gradients=before, activations=saved, loss=forward,
-        buffers=b * layer,
+        buffers=b * layer + sent,
     )  # fmt: skip
     yield Memory(
         **state, gathered=gathered, gradients=4 * kept + b * layer, activations=saved,
-        loss=backward, working=_working(work), buffers=(4 + b) * layer,
+        loss=backward, working=_working(work), buffers=(4 + b) * layer + sent,
     )  # fmt: skip
     # The root's gradients wait for the embedding's; a stage's other micro-batches are open still.
     yield Memory(
@@ -262,6 +271,6 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
         gathered=b * (root + layer),
         gradients=4 * kept + b * root,
         activations=saved - saved // min(mesh.pp - stage, work.micro_batches),
-        buffers=(4 + b) * max(root, layer),
+        buffers=(4 + b) * max(root, layer) + sent,
     )
     yield Memory(**state, gradients=4 * kept)
