@@ -79,7 +79,14 @@ def _rank(order: dict[str, Any], rank: int, answer: Path) -> None:
         train(folder, order["steps"], order["asynchronous"])
     except UserError as error:
         said = str(error)
-    answer.write_text(json.dumps({"said": said, "calls": faults.faults_calls().decode()}))
+    _tell(answer, {"said": said, "calls": faults.faults_calls().decode()})
+
+
+def _tell(answer: Path, values: dict[str, Any]) -> None:
+    """Whole or not at all: this rank may be killed meanwhile."""
+    partial = answer.with_suffix(".partial")
+    partial.write_text(json.dumps(values))
+    partial.rename(answer)
 
 
 def _child(order: dict[str, Any], rank: int, answer: Path) -> int:
@@ -89,7 +96,7 @@ def _child(order: dict[str, Any], rank: int, answer: Path) -> int:
     try:
         _rank(order, rank, answer)
     except BaseException:
-        answer.write_text(json.dumps({"crashed": traceback.format_exc()}))
+        _tell(answer, {"crashed": traceback.format_exc()})
     os._exit(0)
 
 
