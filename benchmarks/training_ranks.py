@@ -4,7 +4,7 @@ Both have the same recipe, as many rows a step and one thread a process; two und
 the rows and the weights (FSDP2 over gloo). The figure of a run is the median of its steps but the
 first ones; runs take turns, ratios are of pairs. It needs two idle cores.
 
-    python benchmarks/training_ranks.py [--json] [--out FOLDER] [--rounds 5] [--steps 12]
+    python benchmarks/training_ranks.py [--json] [--out FOLDER] [--rounds 5] [--steps 8]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness import alternate, finish, options, ratios
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import write_shards
 
-VOCABULARY, CONTEXT, ROWS = 8192, 512, 8
+VOCABULARY, CONTEXT, ROWS = 8192, 512, 2
 WARMUP = 3  # steps that are not counted
 
 
@@ -85,7 +85,7 @@ def train(folder: Path, steps: int, ranks: int) -> float:
 def main() -> None:
     """Measure and report."""
     parser = options(__doc__ or "")
-    parser.add_argument("--steps", type=int, default=12, help="of each run")
+    parser.add_argument("--steps", type=int, default=8, help="of each run")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
