@@ -207,12 +207,13 @@ def main() -> None:
     parser.add_argument("--litgpt-python", help="a Python with litgpt")
     chosen = parser.parse_args()
     figures: dict[str, Any] = {"dtype": chosen.dtype}
+    parts = chosen.parts.split(",")
     with tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(chosen, folder)
-        for part in chosen.parts.split(","):
+        for part in parts:
             figures[part] = getattr(benchmark, part)()
         figures["absent"] = benchmark.absent
-    finish("training", figures, chosen)
+    finish("_".join(["training", *parts]), figures, chosen)
 
 
 if __name__ == "__main__":

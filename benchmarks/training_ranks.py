@@ -1,10 +1,11 @@
 """Two ranks of a core each against one: tokens per second of the same run, by `qwen2 train`.
 
 Both have the same recipe, as many rows a step and one thread a process; two under torchrun share
-the rows and the weights (FSDP2 over gloo). The figure of a run is the median of its steps but the
-first ones; runs take turns, ratios are of pairs. It needs two idle cores.
+the rows and the weights (FSDP2 over gloo). What the machine lets two cores do is measured besides:
+two runs of one rank at once, which share nothing but caches and memory. The figure of a run is the
+median of its steps but the first; runs take turns, ratios are of pairs. It needs two idle cores.
 
-    python benchmarks/training_ranks.py [--json] [--out FOLDER] [--rounds 5] [--steps 8]
+    python benchmarks/training_ranks.py [--json] [--out FOLDER] [--rounds 5] [--steps 4] [--rows 8]
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from harness import alternate, finish, options, ratios
 from qwen2.tokenizer import Tokenizer
 from qwen2.tokens.shards import write_shards
 
-VOCABULARY, CONTEXT, ROWS = 8192, 512, 2
-WARMUP = 3  # steps that are not counted
+VOCABULARY, CONTEXT = 8192, 512
+WARMUP = 1  # steps that are not counted
 
 
 def prepare(folder: Path) -> None:
@@ -45,7 +46,7 @@ def prepare(folder: Path) -> None:
     )
 
 
-def recipe(folder: Path, steps: int) -> dict[str, Any]:
+def recipe(folder: Path, steps: int, rows: int) -> dict[str, Any]:
     """Of hidden size 512 and 8 layers, in fp32, which every processor has."""
     return {
         "model": {
@@ -59,7 +60,7 @@ def recipe(folder: Path, steps: int) -> dict[str, Any]:
         "data": str(folder / "shards"),
         "tokenizer": str(folder / "tokenizer"),
         "context": CONTEXT,
-        "rows": ROWS,
+        "rows": rows,
         "steps": steps,
         "dtype": "fp32",
         "optimizer": {"lr": 1e-4},
@@ -68,38 +69,61 @@ def recipe(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, steps: int, ranks: int) -> float:
-    """Tokens per second of all ranks together."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "run"
-        path = Path(place) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe(folder, steps) | {"out": str(out)}))
+class Run:
+    """`qwen2 train` in processes of its own."""
+
+    def __init__(self, values: dict[str, Any], ranks: int) -> None:
+        self.place = tempfile.TemporaryDirectory()
+        self.out = Path(self.place.name) / "run"
+        path = Path(self.place.name) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values | {"out": str(self.out)}))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*(launch if ranks > 1 else ()), "-m", "qwen2.cli", "train", str(path)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return float(median(line["tokens_per_s"] for line in lines[WARMUP:]))
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def tokens_per_second(self) -> float:
+        """Of all ranks together, once it has ended."""
+        _, errors = self.process.communicate()
+        if self.process.returncode:
+            raise SystemExit(errors)
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        self.place.cleanup()
+        return float(median(json.loads(line)["tokens_per_s"] for line in lines[WARMUP:]))
 
 
 def main() -> None:
     """Measure and report."""
     parser = options(__doc__ or "")
-    parser.add_argument("--steps", type=int, default=8, help="of each run")
+    parser.add_argument("--steps", type=int, default=4, help="of each run")
+    parser.add_argument("--rows", type=int, default=8, help="of a step")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)
+        values = recipe(folder, chosen.steps, chosen.rows)
+
+        def at_once(runs: int, ranks: int) -> float:
+            return sum(run.tokens_per_second() for run in [Run(values, ranks) for _ in range(runs)])
+
         found = alternate(
             {
-                "one": lambda: train(folder, chosen.steps, 1),
-                "two": lambda: train(folder, chosen.steps, 2),
+                "one_rank": lambda: at_once(1, 1),
+                "two_ranks": lambda: at_once(1, 2),
+                "two_runs": lambda: at_once(2, 1),
             },
             chosen.rounds,
         )
     figures = {
+        "tokens_per_step": chosen.rows * CONTEXT,
         "tokens_per_s": {name: median(each) for name, each in found.items()},
-        "two_over_one": ratios(found["two"], found["one"]),
+        "two_ranks_over_one": ratios(found["two_ranks"], found["one_rank"]),
+        "two_runs_over_one": ratios(found["two_runs"], found["one_rank"]),
     }
     finish("training_ranks", figures, chosen)
 

@@ -135,11 +135,19 @@ def test_a_band_goes_there_along_the_highest_and_back_along_the_lowest() -> None
 
 
 def test_marks_and_levels_are_drawn_and_the_axes_reach_them() -> None:
-    chart = line_chart({"a": [(0, 4), (10, 5)]}, "x", "y", marks=[20], levels={"": 0, "most": 10})
+    points = [(0, 4), (10, 5)]
+    levels = {"": 0, "most": 10}
+    chart = line_chart({"a": points}, "x", "y", marks=[20], borders=[0], levels=levels)
     root = ElementTree.fromstring(chart)
     (mark,) = (line for line in root.iter(f"{SVG}line") if line.get("class") == "mark")
     assert float(mark.get("x1", 0)) == WIDTH - RIGHT
-    (level,) = (line for line in root.iter(f"{SVG}line") if line.get("stroke-dasharray"))
+    (border,) = (line for line in root.iter(f"{SVG}line") if line.get("class") == "border")
+    assert float(border.get("x1", 0)) == LEFT
+    (level,) = (
+        line
+        for line in root.iter(f"{SVG}line")
+        if line.get("stroke-dasharray") and line is not border
+    )
     assert float(level.get("y1", 0)) == TOP
     texts = [text.text for text in root.iter(f"{SVG}text")]
     assert {"most", "0", "20"} <= set(texts)

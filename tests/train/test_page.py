@@ -122,6 +122,18 @@ def test_the_page_holds_what_the_metrics_say() -> None:
     assert "1 batch was passed over as not finite, the last after step 3" in text
 
 
+def test_phases_that_have_begun_are_marked() -> None:
+    shape = {"context": 16, "rows": 4, "accumulation": 1}
+    phases = [{"steps": 7}, {"tokens": 2 * 5 * 16, "rows": 2}, {"steps": 100}]
+    text = rendered(lines(12), 112, Moment("running", 1.0), **shape, phases=phases)
+    page = Parsed(text)
+    assert page.texts["figcaption"][0] == "Loss (red: batches passed over; dashed: a new phase)"
+    classes = [v for tag, name, v in page.attributes if (tag, name) == ("line", "class")]
+    assert classes.count("border") == 2  # before steps 7 and 12
+    text = rendered(lines(6), 112, Moment("running", 1.0), **shape, phases=phases)
+    assert "a new phase" not in text
+
+
 def _smooth(steps: int) -> float:
     history = History(40)
     for line in lines(steps):

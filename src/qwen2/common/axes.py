@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Literal
 
 COLOURS = ["#3f6fd8", "#d8743f", "#3fa372", "#a04fc0", "#888888", "#c4407c", "#2fa5b5"]
 WIDTH, HEIGHT = 720, 300
@@ -79,11 +80,15 @@ def y_tick(y: float, text: str) -> str:
     )
 
 
-def mark_line(x: float) -> str:
-    """An upright red line."""
+def upright_line(x: float, kind: Literal["mark", "border"]) -> str:
+    """From the bottom to the top: red for a mark, dashed for the border of two parts."""
+    look = {
+        "mark": 'stroke="#d33" stroke-width="1.2"',
+        "border": 'stroke="var(--ink,#333)" stroke-width=".8" stroke-dasharray="2 3"',
+    }
     return (
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="mark" '
-        'stroke="#d33" stroke-width="1.2"/>'
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" class="{kind}" '
+        f"{look[kind]}/>"
     )
 
 

@@ -24,9 +24,9 @@ from qwen2.common.axes import (
     frame,
     level_line,
     log_ticks,
-    mark_line,
     number,
     ticks,
+    upright_line,
     x_tick,
     y_tick,
 )
@@ -47,6 +47,7 @@ def line_chart(
     *,
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
     marks: Sequence[float] = (),
+    borders: Sequence[float] = (),
     levels: Mapping[str, float] | None = None,
     logarithmic: bool = False,
 ) -> str:
@@ -57,6 +58,7 @@ def line_chart(
     Args:
         bands: areas of (x, lowest, highest), behind the lines.
         marks: places on the x axis with an upright red line.
+        borders: places with an upright dashed line.
         levels: dashed lines at a height, by name; that of the empty name only has the axis reach
             so far.
         logarithmic: the y axis; what is not above 0 is left out.
@@ -69,7 +71,7 @@ def line_chart(
     ys = [y for _, y in points] + [y for area in areas for _, *ends in area for y in ends]
     if not xs:
         return frame("", x_label, y_label, [])
-    xs, ys = [*xs, *marks], [*ys, *levels.values()]
+    xs, ys = [*xs, *marks, *borders], [*ys, *levels.values()]
     x_ticks = ticks(min(xs), max(xs))
     y_ticks = (log_ticks if logarithmic else ticks)(min(ys), max(ys))
     x_of = Scale(x_ticks, LEFT, WIDTH - RIGHT)
@@ -81,7 +83,8 @@ def line_chart(
         around += [(x_of(x), y_of(low)) for x, low, _ in reversed(area)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in around)
         parts.append(f'<polygon points="{path}" fill="{BAND}" stroke="{BAND}"/>')
-    parts += [mark_line(x_of(x)) for x in marks]
+    parts += [upright_line(x_of(x), "border") for x in borders]
+    parts += [upright_line(x_of(x), "mark") for x in marks]
     for name, level in levels.items():
         if name:
             parts.append(level_line(y_of(level), name))

@@ -24,6 +24,7 @@ from qwen2.common.progress import say
 from qwen2.train.curves import History, Line
 from qwen2.train.health import signs
 from qwen2.train.metrics import State
+from qwen2.train.phases import Phase, Stretch, lay_out
 
 PAGE = "run.html"
 
@@ -204,21 +205,25 @@ def _figure(title: str, chart: str) -> str:
 def _learning(history: History, recipe: Mapping[str, Any]) -> Iterable[str]:
     figures = history.figures
     smooth, band = figures.mean("smooth"), figures.band("loss")
+    last = smooth[-1][0] if smooth else 0
     skips = [step for step, _ in figures.mean("skipped")]
-    yield _figure(
-        "Loss" + (" (red: batches passed over)" if skips else ""),
-        line_chart({"smoothed": smooth}, "step", "nats/token", bands={"raw": band}, marks=skips),
-    )
-    if len(smooth) >= LATE_FROM:
-        late = smooth[-1][0] * 0.75
-        chart = line_chart(
-            {"smoothed": [point for point in smooth if point[0] >= late]},
+    starts = [step for step in _phase_starts(recipe) if step <= last]
+    seen = {"red: batches passed over": skips, "dashed: a new phase": starts}
+    legend = "; ".join(name for name, steps in seen.items() if steps)
+
+    def loss_from(first: float) -> str:
+        return line_chart(
+            {"smoothed": [point for point in smooth if point[0] >= first]},
             "step",
             "nats/token",
-            bands={"raw": [point for point in band if point[0] >= late]},
-            marks=[step for step in skips if step >= late],
+            bands={"raw": [point for point in band if point[0] >= first]},
+            marks=[step for step in skips if step >= first],
+            borders=[step for step in starts if step >= first],
         )
-        yield _figure("Loss, the last quarter", chart)
+
+    yield _figure("Loss" + (f" ({legend})" if legend else ""), loss_from(0))
+    if len(smooth) >= LATE_FROM:
+        yield _figure("Loss, the last quarter", loss_from(last * 0.75))
     levels = {"clipped above": float(recipe["clip"])} if "clip" in recipe else {}
     yield _figure(
         "Gradient norm, before clipping",
@@ -233,6 +238,15 @@ def _learning(history: History, recipe: Mapping[str, Any]) -> Iterable[str]:
     )
     rate = line_chart({"": figures.mean("lr")}, "step", "", levels={"": 0.0})
     yield _figure("Learning rate", rate)
+
+
+def _phase_starts(recipe: Mapping[str, Any]) -> list[int]:
+    """Steps before the phases of a run, but for the first."""
+    phases = [Phase.parse(phase, "phases") for phase in recipe.get("phases", ())]
+    if not phases:
+        return []
+    first = Stretch(0, 0, recipe["context"], recipe["rows"], recipe["accumulation"])
+    return [stretch.first for stretch in lay_out(first, phases)[1:]]
 
 
 def _held_out(history: History) -> Iterable[str]:
