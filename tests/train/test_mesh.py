@@ -45,10 +45,3 @@ def test_more_stages_than_layers_and_rows_that_do_not_divide() -> None:
 def test_few_key_value_heads_are_repeated_for_more_ranks() -> None:
     assert Mesh(cp=14, dp_shard=1).problems(TIED, 4096 * 7) == []  # 14 query heads, 2 of keys
     assert "cp 7 does not divide" in Mesh(cp=7, dp_shard=1).problems(TIED, 4096 * 7)[0]
-
-
-def test_a_step_that_does_not_fill_the_pipeline_is_refused() -> None:
-    mesh = Mesh(pp=4)
-    mesh.check_micro_batches(4)
-    with pytest.raises(UserError, match="mesh: pp 4: a rank's part of a step is 3 micro-batches"):
-        mesh.check_micro_batches(3)

@@ -104,6 +104,30 @@ def test_what_a_phase_does_not_say_stays_as_it_was() -> None:
     assert cuts(plan) == [[0, 1], [2, 3]]
 
 
+@given(
+    st.integers(1, 12), st.integers(1, 24), st.integers(1, 6), st.integers(1, 6), st.integers(2, 64)
+)
+def test_ranks_share_a_step_evenly_or_are_refused(
+    rows: int, accumulation: int, ranks: int, stages: int, context: int
+) -> None:
+    step = Stretch(0, 1, context, rows, accumulation)
+    total = rows * accumulation
+    if total % ranks:
+        with pytest.raises(UserError, match=f"which {ranks} ranks cannot share evenly"):
+            step.shared(ranks, stages)
+    elif total // ranks < stages:
+        with pytest.raises(UserError, match=f"{total // ranks} for each rank, too few for the"):
+            step.shared(ranks, stages)
+    else:
+        own = step.shared(ranks, stages)
+        assert own.step_tokens * ranks == step.step_tokens
+        assert own.rows <= rows
+        assert own.accumulation >= stages
+        each = total // ranks
+        larger = (n for n in range(own.rows + 1, rows + 1) if each % n == 0)
+        assert all(each // n < stages for n in larger)
+
+
 def test_a_schedule_runs_over_all_phases_without_their_own() -> None:
     """Steps 0 to 3 and 6 to 9 are a line of 8 steps; 4 and 5 are one of their own."""
     phases = [Phase(steps=4), Phase(steps=2, schedule=Linear(floor=0)), Phase(steps=4)]

@@ -55,18 +55,6 @@ class Mesh(Config):
         """Ranks; of a mesh that is resolved."""
         return self.pp * self.dp * self.cp * self.tp
 
-    def check_micro_batches(self, count: int) -> None:
-        """Raise if a step of `count` micro-batches, on each rank of dp, cannot fill the pipeline.
-
-        Raises:
-            UserError: they are fewer than the stages.
-        """
-        if count < self.pp:
-            raise UserError(
-                f"mesh: pp {self.pp}: a rank's part of a step is {count} micro-batches, fewer than "
-                f"there are stages; give more accumulation, fewer rows, or pp of at most {count}"
-            )
-
     def sizes(self) -> dict[str, int]:
         """Dimension -> size, in the order of the ranks' numbers; of a mesh that is resolved."""
         return {name: getattr(self, name) for name in ORDER}

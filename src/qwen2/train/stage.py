@@ -116,10 +116,6 @@ class StageRecipe(LoopSettings):
         """Tokens of the whole run, padding too; a budget is rounded up to steps."""
         return sum(stretch.steps * stretch.step_tokens for stretch in self.plan)
 
-    def first_weights(self) -> FirstWeights:
-        """What the run begins with; each stage has its own."""
-        raise NotImplementedError
-
     def lr(self, step: int) -> float:
         """Learning rate of an update, counted from 0."""
         return self.optimizer.lr * factor_at(self.plan, self.schedule, step)
