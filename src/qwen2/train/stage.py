@@ -15,6 +15,7 @@ Started by torchrun, each rank runs this; the first one alone writes what is not
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,10 @@ class StageRecipe(LoopSettings):
     def total_tokens(self) -> int:
         """Tokens of the whole run, padding too; a budget is rounded up to steps."""
         return sum(stretch.steps * stretch.step_tokens for stretch in self.plan)
+
+    @abstractmethod
+    def first_weights(self) -> FirstWeights:
+        """What the run begins with; each stage has its own."""
 
     def lr(self, step: int) -> float:
         """Learning rate of an update, counted from 0."""

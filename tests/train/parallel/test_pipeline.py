@@ -73,18 +73,6 @@ def test_four_ranks_compute_what_one_process_does(
     in_ranks(4, compare, sizes, changes, 5, recompute, 0.1)
 
 
-def too_few() -> None:
-    """In a rank: a step that does not fill the pipeline is refused before anything is sent."""
-    loss_of = parallelise(new_model({}), new_world({"pp": 2}, {}), torch.float32)
-    batches = [new_batch(0)]
-    with pytest.raises(UserError, match=r"pp 2: a rank.s part of a step is 1 micro-batches"):
-        loss_of.backward(batches, total_count(batches))
-
-
-def test_fewer_micro_batches_than_stages_are_refused(in_ranks: RunInRanks) -> None:
-    in_ranks(2, too_few)
-
-
 def in_bf16() -> None:
     """In a rank: hidden states travel in the compute dtype; weights and gradients are in fp32."""
     world, batches = new_world({"pp": 2}, MOE), [new_batch(number) for number in range(2)]
