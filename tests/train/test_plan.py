@@ -51,9 +51,9 @@ def test_shipped_recipes_have_a_mesh_that_fits(
         assert plan.fits
         assert plan.memory.total <= 72e9
         assert plan.work.mesh.world_size == devices
-        assert plan.work.mesh.problems(asked.model, asked.context) == []
+        assert plan.work.mesh.problems(asked.model, 4096) == []
         rows = plan.work.rows * plan.work.micro_batches * plan.work.mesh.dp
-        assert rows == asked.step_rows == 1024
+        assert rows == asked.phases[0].step_rows == 1024
         assert 0.2 < plan.figures()["mfu"] < 0.5001  # no more than the efficiency
     speeds = [plan.tokens_per_second for plan in plans]
     assert speeds == pytest.approx(sorted(speeds, reverse=True), rel=0.01)
@@ -135,7 +135,8 @@ def test_activations_are_computed_again_as_the_recipe_says() -> None:
 def test_the_long_context_stage_is_planned_with_the_shape_that_is_to_come() -> None:
     given = ("init=out/none/model", "out=out/long", "model.published=7b")
     asked = job("long_context", *given)
-    assert (asked.context, asked.step_rows, asked.tokens) == (32_768, 128, 100_000_595_968)
+    (phase,) = asked.phases
+    assert (phase.context, phase.step_rows, asked.tokens) == (32_768, 128, 100_000_595_968)
     assert asked.model.num_parameters() == PUBLISHED["7b"].num_parameters()
     best = best_plans(asked, Cluster(64, 80e9))[0]
     assert best.fits
@@ -169,8 +170,8 @@ def test_the_search_finds_what_trying_everything_finds(
     best = []
     for mesh in meshes(asked, devices):
         plans = [
-            make_plan(asked, cluster, mesh, rows, recompute)
-            for rows in divisors(asked.step_rows // mesh.dp)
+            make_plan(asked, cluster, mesh, [rows], recompute)
+            for rows in divisors(asked.phases[0].step_rows // mesh.dp)
             for recompute in RECOMPUTE
         ]
         fitting = [plan for plan in plans if plan.fits]

@@ -28,9 +28,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen2.model.config import BYTES, Mixture, ModelConfig
+from qwen2.train.checkpoints import FILE_BYTES
 from qwen2.train.loss import BLOCK_BYTES, CHUNK_BYTES
 from qwen2.train.mesh import Mesh
-from qwen2.train.plan_parameters import root_parameters, share, stage_layers, stage_shares
+from qwen2.train.plan_parameters import (
+    root_parameters,
+    share,
+    stage_layers,
+    stage_parameters,
+    stage_shares,
+)
 from qwen2.train.recompute import Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -49,8 +56,10 @@ class Work:
     dtype: Literal["bf16", "fp32"] = "bf16"
     recompute: Recompute = "none"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    fused_norm: bool = True
-    """The RMS norm is one kernel, as on CUDA; the CPU's keeps its input and output in fp32."""
+    on_cpu: bool = False
+    """Where the RMS norm is no kernel of its own, which keeps its input and output in fp32."""
+    async_checkpoints: bool = False
+    """Written from a copy in the host's memory, which is the CPU's own."""
 
     @property
     def itemsize(self) -> int:
@@ -75,13 +84,14 @@ class Memory:
     loss: int = 0  # the logits' block, and the gradients that come from it
     working: int = 0  # what a layer's backward pass makes, or computes again
     buffers: int = 0  # of collectives
+    checkpoint: int = 0  # that is being written: a copy of weights and moments, and a file of it
 
     @property
     def total(self) -> int:
         """All together."""
         return (
             self.weights + self.gathered + self.gradients + self.optimizer
-            + self.activations + self.loss + self.working + self.buffers
+            + self.activations + self.loss + self.working + self.buffers + self.checkpoint
         )  # fmt: skip
 
 
@@ -128,7 +138,7 @@ def layer_activations(work: Work, recompute: Recompute | None = None) -> int:
 def _norm(work: Work) -> int:
     """Bytes a token: the input, and 1 / rms; on the CPU input and quotient, both in fp32."""
     C = work.model.hidden_size
-    return C * work.itemsize + 4 if work.fused_norm else 8 * C + 4
+    return 8 * C + 4 if work.on_cpu else C * work.itemsize + 4
 
 
 def _mixture(work: Work, moe: Mixture) -> tuple[int, int]:
@@ -215,12 +225,26 @@ def _optimizer(work: Work, stage: int) -> int:
     return 8 * shares.kept - (4 * shares.hidden if work.optimizer == "muon" else 0)
 
 
+def _checkpoint(work: Work, stage: int) -> int:
+    """Bytes of an asynchronous checkpoint: copies of the fp32 weights and of the optimizer's state,
+    which stay from the first one on, and of the file that is being written (checkpoints.py)."""
+    if not (work.on_cpu and work.async_checkpoints):
+        return 0
+    state = _optimizer(work, stage)
+    weights = stage_parameters(work.model, work.mesh, stage).counts
+    largest = 4 * max(weight.kept(work.mesh) for weight, _ in weights)
+    file = min(max(FILE_BYTES, largest), state)
+    return 4 * stage_shares(work.model, work.mesh, stage).kept + state + file
+
+
 def _moments_alone(work: Work) -> Iterator[Memory]:
     """Of one process, see `train_step` and precision.py."""
     model, b = work.model, work.itemsize
     parameters = model.num_parameters()
     weights = parameters * (4 if b == 4 else 4 + b)
-    state = {"weights": weights, "optimizer": _optimizer(work, 0)}
+    state = {
+        "weights": weights, "optimizer": _optimizer(work, 0), "checkpoint": _checkpoint(work, 0),
+    }  # fmt: skip
     before = 4 * parameters if work.micro_batches > 1 else 0  # of earlier micro-batches
     saved = activations(work)
     forward, backward = _loss(work)
@@ -251,7 +275,10 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
     layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
     shares = stage_shares(model, mesh, stage)
     kept, layer, root = shares.kept, shares.layer, shares.root
-    state = {"weights": 4 * kept, "optimizer": _optimizer(work, stage)}
+    state = {
+        "weights": 4 * kept, "optimizer": _optimizer(work, stage),
+        "checkpoint": _checkpoint(work, stage),
+    }  # fmt: skip
     gathered = b * (root + min(layers, 2) * layer)
     saved = activations(work, stage)
     forward, backward = _loss(work) if stage == mesh.pp - 1 else (0, 0)
