@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from qwen2.model.config import PUBLISHED, Mixture, ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.model.moe import Routing
+from qwen2.train.checkpoints import RunState, take, write
 from qwen2.train.mesh import Mesh
 from qwen2.train.plan_memory import (
     Work,
@@ -32,6 +35,7 @@ from qwen2.train.plan_parameters import (
     stage_layers,
     stage_parameters,
 )
+from qwen2.train.pretrain import PretrainRecipe
 from qwen2.train.recompute import Recompute, recompute_activations
 
 DENSE = ModelConfig(
@@ -191,6 +195,31 @@ def test_one_process_at_its_update(dtype: Any, bytes_each: int) -> None:
     work = Work(DENSE, ONE, context=8, rows=1, micro_batches=1, dtype=dtype)
     *_, update = moments(work)
     assert update.total == bytes_each * DENSE.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_checkpoint_beside_training_is_copies_and_a_file(kind: Any, tmp_path: Path) -> None:
+    """Of what the first save leaves; its file, of all moments here, may be written at the peak."""
+    recipe = PretrainRecipe.parse(
+        {
+            "model": DENSE.model_dump(), "data": "none", "tokenizer": "none", "out": "none",
+            "context": 8, "rows": 1, "steps": 1, "optimizer": {"kind": kind, "lr": 1e-3},
+        },
+        "recipe",
+    )  # fmt: skip
+    masters = dict(Qwen2(DENSE).named_parameters())
+    optimizer = recipe.optimizer.build(masters)
+    for master in masters.values():
+        master.grad = torch.zeros_like(master)
+    optimizer.step()
+    moment = take(RunState(1), masters, optimizer, {}, recipe, DENSE)
+    kept = [sum(t.nbytes for t in some.values()) for some in (moment.weights, moment.optimizer)]
+    largest = max(path.stat().st_size for path in write(moment, tmp_path))
+    plain = Work(DENSE, ONE, 8, 1, 1, optimizer=kind, on_cpu=True)
+    beside = replace(plain, async_checkpoints=True)
+    needed = peak(beside).total - peak(plain).total
+    assert needed == peak(beside).checkpoint == pytest.approx(sum(kept) + largest, rel=0.01)
+    assert peak(replace(beside, on_cpu=False)) == peak(replace(plain, on_cpu=False))
 
 
 def test_sharded_state_is_a_share_and_two_layers_are_gathered() -> None:
