@@ -9,7 +9,7 @@ on several ranks:
     fsdp   every rank keeps 1 / (dp_shard x cp) of its parameters in fp32, as well as of gradients
            and moments; copies in the compute dtype of two layers (the next is fetched ahead) and
            of the root unit (embedding, final norm, head) are gathered; gradients are reduced in
-           fp32, after each micro-batch
+           fp32, after each micro-batch; gloo, on the CPU, has a copy of what it sums
     tp     matrices, heads and the vocabulary are divided, and tokens between them (sequence
            parallel, Korthikanti et al. 2022); the gathered inputs of products are kept; a mixture
            is whole on each rank, which applies it to its own tokens
@@ -189,8 +189,8 @@ def _loss(work: Work) -> tuple[int, int]:
     head = share(work.model.vocab_size, work.mesh.tp) * work.model.hidden_size
     logits, blocks = loss_block(work)
     # Of several blocks, the weight's gradients add up in fp32.
-    sums = head * (b if blocks == 1 else 4 + b)
-    forward = logits + min(2 * CHUNK_BYTES, 2 * logits) + 2 * hidden + sums
+    sums = 0 if blocks == 1 else 4 * head
+    forward = logits + 2 * hidden + sums + max(min(2 * CHUNK_BYTES, 2 * logits), b * head)
     return forward, 2 * hidden + 2 * head * b
 
 
@@ -270,34 +270,57 @@ def _sent(work: Work, stage: int) -> int:
 
 
 def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
-    """Of a rank among several: FSDP over the mesh's dp_shard and cp."""
+    """Of a rank among several: FSDP over the mesh's dp_shard and cp.
+
+    Its units are the root, which stays gathered until the backward pass ends, and of each layer the
+    routed experts and the rest. Going back, the rest of the next layer is gathered ahead; what the
+    last unit was reduced from stays until the next is.
+    """
     model, mesh, b = work.model, work.mesh, work.itemsize
     layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
     shares = stage_shares(model, mesh, stage)
-    kept, layer, root = shares.kept, shares.layer, shares.root
+    layer, root, experts = shares.layer, shares.root, shares.experts // layers
+    rest = layer - experts
+    ahead = rest if mesh.fsdp > 1 else 0  # one rank copies its weights when they are used
+    reduced = 4 * max(rest, experts)
     state = {
-        "weights": 4 * kept, "optimizer": _optimizer(work, stage),
+        "weights": 4 * shares.kept, "optimizer": _optimizer(work, stage),
         "checkpoint": _checkpoint(work, stage),
     }  # fmt: skip
-    gathered = b * (root + min(layers, 2) * layer)
-    saved = activations(work, stage)
-    forward, backward = _loss(work) if stage == mesh.pp - 1 else (0, 0)
-    before = 4 * kept if work.micro_batches > 1 else 0
-    sent = _sent(work, stage)
+    more = work.micro_batches > 1  # whose gradients are there already
+    saved, sent = activations(work, stage), _sent(work, stage)
+    others = saved - saved // min(mesh.pp - stage, work.micro_batches)
+    forward, backward, head = 0, 0, 0
+    if stage == mesh.pp - 1:
+        forward, backward = _loss(work)
+        head = b * share(model.vocab_size, mesh.tp) * model.hidden_size  # its gradient waits
+    for loss in (forward, backward):
+        yield Memory(
+            **state, gathered=b * root, gradients=4 * shares.kept * more, activations=saved,
+            loss=loss, buffers=b * ahead + sent,
+        )  # fmt: skip
+    for done in sorted({0, min(1, layers - 1), layers - 1}):
+        # Of layers that are done gradients are there, and activations are gone.
+        own = shares.kept if more else done * shares.kept_layer
+        yield Memory(
+            **state,
+            gathered=b * (root + layer + (ahead if done < layers - 1 else 0)),
+            gradients=4 * own + head + b * layer,
+            activations=max(saved - done * layer_activations(work), others),
+            working=_working(work),
+            buffers=(reduced if done else 0) + sent,
+        )
+    tied = head if model.tie_word_embeddings else 0  # meets the embedding's
+    own = shares.kept if more else layers * shares.kept_layer
     yield Memory(
-        **state, gathered=gathered, gradients=before, activations=saved, loss=forward,
-        buffers=b * layer + sent,
+        **state, gathered=b * root, gradients=4 * own + b * root + tied, activations=others,
+        buffers=reduced + sent,
     )  # fmt: skip
+    # Gradients are copied in fp32, and their sums beside them. gloo sums in a copy of its own, and
+    # one rank alone divides into one.
+    copied = 8 if work.on_cpu or mesh.fsdp == 1 else 4 + b
+    own = shares.kept + (shares.kept - layers * shares.kept_layer) * more
     yield Memory(
-        **state, gathered=gathered, gradients=4 * kept + b * layer, activations=saved,
-        loss=backward, working=_working(work), buffers=(4 + b) * layer + sent,
+        **state, gradients=4 * own, activations=others, buffers=copied * root + sent
     )  # fmt: skip
-    # The root's gradients wait for the embedding's; a stage's other micro-batches are open still.
-    yield Memory(
-        **state,
-        gathered=b * (root + layer),
-        gradients=4 * kept + b * root,
-        activations=saved - saved // min(mesh.pp - stage, work.micro_batches),
-        buffers=(4 + b) * max(root, layer) + sent,
-    )
-    yield Memory(**state, gradients=4 * kept)
+    yield Memory(**state, gradients=4 * shares.kept)
