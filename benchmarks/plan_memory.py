@@ -58,35 +58,18 @@ CASES: dict[str, dict[str, Any]] = {
     "dense bf16": {"dtype": "bf16"},
     "tied bf16, two micro-batches": {"dtype": "bf16", "rows": 2, "accumulation": 2, "model": TIED},
     "dense fp32, asynchronous checkpoint": {"async_checkpoints": True},
-    "dense fp32, dp_shard 2": {"rows": 2, "accumulation": 2, "mesh": {"dp_shard": 2}},
-    "dense fp32, dp_shard 2, two micro-batches": {
-        "rows": 2,
-        "accumulation": 4,
-        "mesh": {"dp_shard": 2},
-    },
-    "dense bf16, dp_shard 2": {
-        "rows": 2,
-        "accumulation": 2,
-        "dtype": "bf16",
-        "mesh": {"dp_shard": 2},
-    },
-    "mixture fp32, dp_shard 2": {
-        "rows": 2,
-        "accumulation": 2,
-        "mesh": {"dp_shard": 2},
-        "model": MIXTURE,
+    "dense fp32, dp_shard 2": {"rows": 1, "accumulation": 2, "mesh": {"dp_shard": 2}},
+    "mixture fp32, dp_shard 2, two micro-batches": {
+        "rows": 1, "accumulation": 4, "mesh": {"dp_shard": 2}, "model": MIXTURE,
     },
     "mixture fp32, ep 2": {
-        "rows": 2,
-        "accumulation": 2,
-        "mesh": {"dp_shard": 2, "ep": 2},
-        "model": MIXTURE,
+        "rows": 1, "accumulation": 2, "mesh": {"dp_shard": 2, "ep": 2}, "model": MIXTURE,
     },
-    "dense fp32, dp_replicate 2": {"rows": 2, "accumulation": 2, "mesh": {"dp_replicate": 2}},
+    "dense fp32, dp_replicate 2": {"rows": 1, "accumulation": 2, "mesh": {"dp_replicate": 2}},
     "dense fp32, tp 2": {"rows": 2, "mesh": {"tp": 2}},
     "dense fp32, cp 2": {"rows": 2, "mesh": {"cp": 2}},
-    "dense fp32, pp 2": {"rows": 2, "accumulation": 4, "mesh": {"pp": 2}},
-}
+    "dense fp32, pp 2": {"rows": 1, "accumulation": 4, "mesh": {"pp": 2}},
+}  # fmt: skip
 """What each has beside or instead of RECIPE and SHAPE; a step's rows are of all ranks."""
 
 
