@@ -223,6 +223,21 @@ def test_the_search_over_phases_finds_what_trying_everything_finds() -> None:
     assert [plan.works for plan in found] == [plan.works for plan in sorted(best, key=merit)[:5]]
 
 
+def test_processors_keep_more_free_than_devices_and_ranks_of_them_most() -> None:
+    def headroom(device: str, ranks: int) -> float:
+        asked = job("0.5b", f"device={device}", "mesh={}", "activation_checkpointing=full")
+        plan = own_plan(asked, Cluster(ranks, 80e9))
+        assert plan.fits
+        # What leaves a byte less does not fit.
+        least = plan.memory.total / (1 - plan.headroom)
+        assert own_plan(asked, Cluster(ranks, least * 1.001)).fits
+        assert not own_plan(asked, Cluster(ranks, least * 0.999)).fits
+        return plan.headroom
+
+    assert [headroom("cuda", 1), headroom("cuda", 2)] == [0.1, 0.1]
+    assert [headroom("cpu", 1), headroom("cpu", 2)] == [0.2, 0.5]
+
+
 def test_checkpoints_beside_training_need_memory_on_the_cpu_alone() -> None:
     def needed(*overrides: str) -> tuple[int, int]:
         plan = own_plan(job("0.5b", "mesh.dp_shard=2", *overrides), Cluster(2, 80e9))

@@ -79,7 +79,7 @@ def plan(
             "step_tokens": plans[0].step_tokens,
             "tokens": job.tokens,
             "cluster": vars(cluster),
-            "headroom": job.headroom,
+            "headroom": plans[0].headroom,
             "plan": plans[0].figures(),
             "others": [other.figures() for other in plans[1:]],
         }

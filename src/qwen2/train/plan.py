@@ -35,9 +35,11 @@ from qwen2.train.plan_memory import (
 from qwen2.train.plan_time import Cluster, StepTime, bubble_share, step_time, traffic
 from qwen2.train.recompute import Recompute
 
-HEADROOM, CPU_HEADROOM = 0.1, 0.2
+HEADROOM, CPU_HEADROOM, CPU_RANKS_HEADROOM = 0.1, 0.2, 0.5
 """Share of a device's memory that is left to its runtime, libraries and what lies waste between
-tensors: on the CPU glibc keeps up to a fifth more than there is (benchmarks/plan_memory.py)."""
+tensors: on the CPU glibc keeps up to a fifth more than there is, and up to as much again on each of
+several ranks, whose weights and gradients come and go in large blocks between small ones that stay
+(benchmarks/plan_memory.py)."""
 
 DAY = 86_400  # seconds
 
@@ -54,11 +56,6 @@ class Job:
     async_checkpoints: bool
     mesh: Mesh | None  # as the recipe has it; None: it says nothing
     recompute: tuple[Recompute, ...]  # the recipe's way, or all of them where it names none
-
-    @property
-    def headroom(self) -> float:
-        """Share of the memory that a plan leaves."""
-        return CPU_HEADROOM if self.on_cpu else HEADROOM
 
     @property
     def steps(self) -> int:
@@ -93,9 +90,16 @@ class Plan:
         return self.job.phases[self.phase].step_tokens
 
     @property
+    def headroom(self) -> float:
+        """Share of a device's memory that must stay free."""
+        if not self.job.on_cpu:
+            return HEADROOM
+        return CPU_HEADROOM if self.work.mesh.world_size == 1 else CPU_RANKS_HEADROOM
+
+    @property
     def fits(self) -> bool:
         """Whether the peak leaves the headroom."""
-        return self.memory.total <= self.cluster.memory * (1 - self.job.headroom)
+        return self.memory.total <= self.cluster.memory * (1 - self.headroom)
 
     @property
     def time(self) -> StepTime:

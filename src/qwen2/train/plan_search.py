@@ -178,7 +178,7 @@ def _why_not(job: Job, cluster: Cluster) -> str:
             "of a step (rows x accumulation); choose a number of devices with more factors of two"
         )
     amount = {"none": "no"}.get(nearest.work.recompute, nearest.work.recompute)
-    need = nearest.memory.total / (1 - job.headroom)
+    need = nearest.memory.total / (1 - nearest.headroom)
     helps = [f"devices of {need / 1e9:,.0f} GB"]
     more = cluster.devices * 2
     while more <= MOST:
@@ -193,7 +193,7 @@ def _why_not(job: Job, cluster: Cluster) -> str:
         f"nothing fits {cluster.devices} x {cluster.memory / 1e9:,.0f} GB: the nearest mesh, "
         f"{describe(nearest.work.mesh)} with {amount} recomputation and one row a "
         "micro-batch, needs "
-        f"{nearest.memory.total / 1e9:,.1f} GB and {job.headroom:.0%} to spare; "
+        f"{nearest.memory.total / 1e9:,.1f} GB and {nearest.headroom:.0%} to spare; "
         f"{' or '.join(helps)} would do"
     )
 
