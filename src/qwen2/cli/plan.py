@@ -99,8 +99,8 @@ def _show(name: str, plans: list[Plan]) -> None:
     phase = ""
     if len(job.phases) > 1:
         phase = (
-            f"phase {best.phase + 1} of {len(job.phases)} needs most memory: rows, bytes and "
-            "seconds are of its steps, tokens/s, MFU and days of all phases\n"
+            f"phase {best.phase + 1} of {len(job.phases)} needs most memory: what is said of a "
+            "step is of its steps; tokens/s, MFU and days are of all phases\n"
         )
     say(
         f"{name}: {job.model.num_parameters() / 1e9:,.2f}B parameters, {best.step_tokens:,} tokens "

@@ -208,7 +208,7 @@ def _working(work: Work) -> int:
 
 def moments(work: Work, stage: int = 0) -> Iterator[Memory]:
     """The moments of a step at which a rank's memory may be highest: loss, the beginning of the
-    backward pass, its end, and the update."""
+    backward pass, its end, and the update; of several ranks also what lies between."""
     if work.mesh.world_size == 1:
         return _moments_alone(work)
     return _moments_shared(work, stage)
@@ -273,8 +273,9 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
     """Of a rank among several: FSDP over the mesh's dp_shard and cp.
 
     Its units are the root, which stays gathered until the backward pass ends, and of each layer the
-    routed experts and the rest. Going back, the rest of the next layer is gathered ahead; what the
-    last unit was reduced from stays until the next is.
+    routed experts and the rest. The last layer's gather is held until the loss is there; then the
+    same is fetched again, and going back always the rest of the next layer. What the last unit was
+    reduced from stays until the next is.
     """
     model, mesh, b = work.model, work.mesh, work.itemsize
     layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
