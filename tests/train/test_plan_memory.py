@@ -261,9 +261,10 @@ def test_the_moments_of_a_sharded_step_by_hand() -> None:
     assert embedding.gradients == 4 * 28 * own + 2 * root
     assert (embedding.activations, reduction.gathered, reduction.buffers) == (0, 0, 6 * root)
     assert reduction.gradients == update.gradients == 4 * kept
-    # On the CPU gloo sums in a copy; a rank alone has no layer ahead, and divides into a copy.
+    # On the CPU gloo sums in a copy, while the head's gradient is held; a rank alone has no layer
+    # ahead, and divides into a copy.
     *_, reduction, _ = moments(replace(work, on_cpu=True))
-    assert reduction.buffers == 8 * root
+    assert reduction.buffers == 8 * root + head
     *_, reduction, _ = whole = list(moments(replace(work, mesh=Mesh(dp_shard=1, dp_replicate=8))))
     assert max(m.gathered for m in whole) == 2 * (root + layer)
     assert reduction.buffers == 8 * root

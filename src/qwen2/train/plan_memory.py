@@ -318,10 +318,10 @@ def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
         buffers=reduced + sent,
     )  # fmt: skip
     # Gradients are copied in fp32, and their sums beside them. gloo sums in a copy of its own, and
-    # one rank alone divides into one.
-    copied = 8 if work.on_cpu or mesh.fsdp == 1 else 4 + b
+    # one rank alone divides into one. FSDP's loop over them holds the last meanwhile: the head's.
+    copies = 8 * root if work.on_cpu or mesh.fsdp == 1 else (4 + b) * root
+    if work.on_cpu and mesh.fsdp > 1:
+        copies += head - tied
     own = shares.kept + (shares.kept - layers * shares.kept_layer) * more
-    yield Memory(
-        **state, gradients=4 * own, activations=others, buffers=copied * root + sent
-    )  # fmt: skip
+    yield Memory(**state, gradients=4 * own, activations=others, buffers=copies + sent)
     yield Memory(**state, gradients=4 * shares.kept)
