@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 
 def plan(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -22,7 +25,8 @@ def test_plan_prints_one_object() -> None:
     assert best["memory"]["total"] == sum(
         size for part, size in best["memory"].items() if part != "total"
     )
-    assert best["tokens_per_second"] * best["step_seconds"]["total"] == 4096 * 4 * 64
+    tokens = best["tokens_per_second"] * best["step_seconds"]["total"]
+    assert tokens == pytest.approx(4096 * 4 * 64)
     assert len(found["others"]) == 4
 
 
@@ -31,6 +35,21 @@ def test_plan_for_people() -> None:
     assert done.returncode == 0, done.stderr
     for text in ("mesh: dp_shard 32", "tokens/s", "MFU", "days", "the fastest that fit"):
         assert text in done.stdout
+
+
+def test_the_phase_that_needs_most_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "phased.yaml"
+    values = {
+        "model": {"published": "0.5b"}, "data": "none", "tokenizer": "none", "out": "none",
+        "context": 2048, "rows": 4, "optimizer": {"lr": 1e-3},
+        "phases": [{"steps": 90}, {"steps": 10, "context": 8192}],
+    }  # fmt: skip
+    recipe.write_text(json.dumps(values))
+    done = plan(recipe, "--devices", 2)
+    assert done.returncode == 0, done.stderr
+    assert "phase 2 of 2 needs most memory" in done.stdout
+    assert "rows of 8,192 tokens" in done.stdout
+    assert json.loads(plan(recipe, "--devices", 2, "--json").stdout)["plan"]["phase"] == 1
 
 
 def test_nothing_that_fits_is_exit_2() -> None:

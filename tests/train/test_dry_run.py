@@ -52,7 +52,7 @@ def test_shipped_recipes_keep_what_the_plan_says(size: str, stage: str) -> None:
     assert found.model.num_parameters() == PUBLISHED[size].num_parameters()
     (kept,) = found.holdings
     job = read_job(values, where)
-    plan = make_plan(job, Cluster(world_size, 80e9), found.mesh, 1, "full")
+    plan = make_plan(job, Cluster(world_size, 80e9), found.mesh, [1], "full")
     *_, update = moments(plan.work)
     assert (kept.weights, kept.gradients) == (update.weights, update.gradients)
     # The optimizer has a counter of steps beside, for each weight.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from qwen2.train.mesh import Mesh
 from qwen2.train.plan import Job, make_plan, read_job
 from qwen2.train.plan_memory import RECOMPUTE, Work
 from qwen2.train.plan_parameters import layer_parameters, root_parameters
-from qwen2.train.plan_search import best_plans, describe, divisors, merit, meshes
+from qwen2.train.plan_search import best_plans, describe, divisors, merit, meshes, own_plan
 from qwen2.train.plan_time import (
     Cluster,
     bubble_share,
@@ -34,6 +36,16 @@ def job(name: str, *overrides: str) -> Job:
     return read_job(read_values(path, overrides), str(path))
 
 
+def job_of_phases(name: str, *phases: dict[str, int], **changes: Any) -> Job:
+    values = read_values(find_recipe(name), [])
+    del values["tokens"]
+    return read_job(values | changes | {"phases": list(phases)}, name)
+
+
+LONGER = ({"steps": 900}, {"steps": 100, "context": 32_768, "rows": 1, "accumulation": 128})
+"""The last tenth of the steps with rows eight times as long, and as many tokens."""
+
+
 def work(size: str, rows: int = 1, micro_batches: int = 1, **mesh: int) -> Work:
     return Work(PUBLISHED[size], Mesh(**{"dp_shard": 1, **mesh}), 4096, rows, micro_batches)
 
@@ -51,9 +63,9 @@ def test_shipped_recipes_have_a_mesh_that_fits(
         assert plan.fits
         assert plan.memory.total <= 72e9
         assert plan.work.mesh.world_size == devices
-        assert plan.work.mesh.problems(asked.model, asked.context) == []
+        assert plan.work.mesh.problems(asked.model, 4096) == []
         rows = plan.work.rows * plan.work.micro_batches * plan.work.mesh.dp
-        assert rows == asked.step_rows == 1024
+        assert rows == asked.phases[0].step_rows == 1024
         assert 0.2 < plan.figures()["mfu"] < 0.5001  # no more than the efficiency
     speeds = [plan.tokens_per_second for plan in plans]
     assert speeds == pytest.approx(sorted(speeds, reverse=True), rel=0.01)
@@ -135,11 +147,107 @@ def test_activations_are_computed_again_as_the_recipe_says() -> None:
 def test_the_long_context_stage_is_planned_with_the_shape_that_is_to_come() -> None:
     given = ("init=out/none/model", "out=out/long", "model.published=7b")
     asked = job("long_context", *given)
-    assert (asked.context, asked.step_rows, asked.tokens) == (32_768, 128, 100_000_595_968)
+    (phase,) = asked.phases
+    assert (phase.context, phase.step_rows, asked.tokens) == (32_768, 128, 100_000_595_968)
     assert asked.model.num_parameters() == PUBLISHED["7b"].num_parameters()
     best = best_plans(asked, Cluster(64, 80e9))[0]
     assert best.fits
     assert best.work.tokens * best.work.mesh.cp == 32_768 * best.work.rows
+
+
+def test_the_phase_that_needs_most_decides_and_all_take_their_time() -> None:
+    asked = job_of_phases("7b", *LONGER, model={"published": "7b"})
+    cluster = Cluster(32, 80e9)
+    best = best_plans(asked, cluster)[0]
+    mesh, recompute = best.work.mesh, best.work.recompute
+    assert (best.phase, best.work.context, best.step_tokens) == (1, 32_768, 1 << 22)
+    first, second = (
+        make_plan(replace(asked, phases=(phase,)), cluster, mesh, [work.rows], recompute)
+        for phase, work in zip(asked.phases, best.works, strict=True)
+    )
+    assert first.memory.total <= best.memory.total == second.memory.total
+    assert best.fits
+    figures, seconds = best.figures(), 900 * first.time.total + 100 * second.time.total
+    assert asked.tokens == 1000 << 22
+    assert figures["tokens_per_second"] == pytest.approx(asked.tokens / seconds)
+    assert figures["days"] == pytest.approx(seconds / 86_400)
+    short, long = map(asked.model.flops_per_token, (4096, 32_768))
+    assert figures["flops_per_token"] == pytest.approx(0.9 * short + 0.1 * long)
+    assert figures["mfu"] * seconds * 32 * cluster.flops == pytest.approx(
+        figures["flops_per_token"] * asked.tokens
+    )
+
+
+def test_a_later_phase_may_not_fit() -> None:
+    """What the first alone would do is too much for the second."""
+    first, cluster = LONGER[0], Cluster(8, 80e9)
+    changes = {"mesh": {}, "model": {"published": "1.5b"}, "activation_checkpointing": "none"}
+    assert own_plan(job_of_phases("1.5b", first, **changes), cluster).fits
+    longer = own_plan(job_of_phases("1.5b", *LONGER, **changes), cluster)
+    assert (longer.phase, longer.fits) == (1, False)
+
+
+def test_one_phase_is_a_run_without_any() -> None:
+    whole = best_plans(job("7b", "tokens=4194304000"), H100)
+    assert [plan.figures() for plan in best_plans(job_of_phases("7b", {"steps": 1000}), H100)] == [
+        plan.figures() for plan in whole
+    ]
+
+
+def test_every_phase_needs_the_mesh() -> None:
+    odd = ({"steps": 9}, {"steps": 1, "context": 4094})
+    with pytest.raises(UserError, match="context 4094 is no multiple of cp x tp = 4"):
+        own_plan(job_of_phases("7b", *odd, mesh={"tp": 4}), H100)
+    few = ({"steps": 9}, {"steps": 1, "accumulation": 1})
+    with pytest.raises(UserError, match="4 x 1 rows, which 8 ranks cannot share evenly"):
+        own_plan(job_of_phases("7b", *few, mesh={}), H100)
+    assert {mesh.cp * mesh.tp for mesh in meshes(job_of_phases("7b", *odd), 8)} == {1, 2}
+    assert {mesh.dp for mesh in meshes(job_of_phases("7b", *few), 8)} == {1, 2, 4}
+
+
+def test_the_search_over_phases_finds_what_trying_everything_finds() -> None:
+    changes = {"accumulation": 8, "model": {"published": "1.5b"}}
+    phases = ({"steps": 3}, {"steps": 1, "context": 8192, "rows": 2})
+    asked, cluster = job_of_phases("1.5b", *phases, **changes), Cluster(8, 40e9)
+    best = []
+    for mesh in meshes(asked, 8):
+        rows = product(*(divisors(phase.step_rows // mesh.dp) for phase in asked.phases))
+        plans = [
+            make_plan(asked, cluster, mesh, each, recompute)
+            for each in rows
+            for recompute in RECOMPUTE
+        ]
+        if fitting := [plan for plan in plans if plan.fits]:
+            best.append(min(fitting, key=merit))
+    found = best_plans(asked, cluster)
+    assert [plan.works for plan in found] == [plan.works for plan in sorted(best, key=merit)[:5]]
+
+
+def test_processors_keep_more_free_than_devices_and_ranks_of_them_most() -> None:
+    def headroom(device: str, ranks: int) -> float:
+        asked = job("0.5b", f"device={device}", "mesh={}", "activation_checkpointing=full")
+        plan = own_plan(asked, Cluster(ranks, 80e9))
+        assert plan.fits
+        # What leaves a byte less does not fit.
+        least = plan.memory.total / (1 - plan.headroom)
+        assert own_plan(asked, Cluster(ranks, least * 1.001)).fits
+        assert not own_plan(asked, Cluster(ranks, least * 0.999)).fits
+        return plan.headroom
+
+    assert [headroom("cuda", 1), headroom("cuda", 2)] == [0.1, 0.1]
+    assert [headroom("cpu", 1), headroom("cpu", 2)] == [0.2, 0.5]
+
+
+def test_checkpoints_beside_training_need_memory_on_the_cpu_alone() -> None:
+    def needed(*overrides: str) -> tuple[int, int]:
+        plan = own_plan(job("0.5b", "mesh.dp_shard=2", *overrides), Cluster(2, 80e9))
+        return plan.memory.checkpoint, plan.memory.total
+
+    (none, plain), (some, more) = needed("device=cpu"), needed("device=cpu", "async_checkpoints=1")
+    half = PUBLISHED["0.5b"].num_parameters() / 2
+    assert none == 0
+    assert some == more - plain == pytest.approx(12 * half + 4 * 151_936 * 896 / 2, rel=1e-3)
+    assert needed("device=cuda", "async_checkpoints=1") == needed("device=cuda")
 
 
 def test_all_meshes_are_found() -> None:
@@ -169,8 +277,8 @@ def test_the_search_finds_what_trying_everything_finds(
     best = []
     for mesh in meshes(asked, devices):
         plans = [
-            make_plan(asked, cluster, mesh, rows, recompute)
-            for rows in divisors(asked.step_rows // mesh.dp)
+            make_plan(asked, cluster, mesh, [rows], recompute)
+            for rows in divisors(asked.phases[0].step_rows // mesh.dp)
             for recompute in RECOMPUTE
         ]
         fitting = [plan for plan in plans if plan.fits]

@@ -76,10 +76,10 @@ def plan(
     if as_json:
         found = {
             "parameters": job.model.num_parameters(),
-            "step_tokens": job.step_tokens,
+            "step_tokens": plans[0].step_tokens,
             "tokens": job.tokens,
             "cluster": vars(cluster),
-            "headroom": job.headroom,
+            "headroom": plans[0].headroom,
             "plan": plans[0].figures(),
             "others": [other.figures() for other in plans[1:]],
         }
@@ -96,13 +96,19 @@ def _show(name: str, plans: list[Plan]) -> None:
     best, console = plans[0], Console(highlight=False, soft_wrap=True)
     job, cluster, work, figures = best.job, best.cluster, best.work, best.figures()
     say = console.print
+    phase = ""
+    if len(job.phases) > 1:
+        phase = (
+            f"phase {best.phase + 1} of {len(job.phases)} needs most memory: what is said of a "
+            "step is of its steps; tokens/s, MFU and days are of all phases\n"
+        )
     say(
-        f"{name}: {job.model.num_parameters() / 1e9:,.2f}B parameters, {job.step_tokens:,} tokens "
+        f"{name}: {job.model.num_parameters() / 1e9:,.2f}B parameters, {best.step_tokens:,} tokens "
         f"a step, {job.tokens:,} in all\n"
         f"{cluster.devices} x {cluster.memory / 1e9:g} GB, "
         f"{cluster.flops / 1e12:g} TFLOP/s, {cluster.host_bandwidth / 1e9:g} GB/s in hosts of "
         f"{cluster.host}, {cluster.bandwidth / 1e9:g} GB/s between\n\n"
-        f"mesh: {describe(work.mesh)}; recompute {work.recompute}\n"
+        f"mesh: {describe(work.mesh)}; recompute {work.recompute}\n{phase}"
         f"micro-batches: {work.micro_batches} a step, rows of {work.context:,} tokens: {work.rows}"
     )
     stage = f" (stage {best.stage}, the fullest)" if work.mesh.pp > 1 else ""

@@ -44,11 +44,6 @@ class Asked:
     model: ModelConfig
     mesh: Mesh | None  # None: it says nothing
 
-    @property
-    def step_rows(self) -> int:
-        """Rows of a step, of all ranks together."""
-        return self.recipe.rows * self.recipe.accumulation
-
 
 def stage_of(values: dict[str, Any], where: str, stages: Iterable[str] = RECIPES) -> str:
     """The stage of a recipe's values; one that names none is of pre-training.

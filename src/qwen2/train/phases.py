@@ -62,7 +62,12 @@ class Stretch:
     @property
     def step_tokens(self) -> int:
         """Tokens of one update, padding too."""
-        return self.context * self.rows * self.accumulation
+        return self.context * self.step_rows
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one update."""
+        return self.rows * self.accumulation
 
     def shared(self, ranks: int, stages: int = 1) -> Stretch:
         """This as one of `ranks` has it: as many tokens in a step of all, in the fewest batches
@@ -71,7 +76,7 @@ class Stretch:
         Raises:
             UserError: a step has not rows enough, or not as many for each.
         """
-        total = self.rows * self.accumulation
+        total = self.step_rows
         if total % ranks:
             raise UserError(
                 f"a step has rows x accumulation = {self.rows} x {self.accumulation} rows, which "

@@ -9,7 +9,7 @@ on several ranks:
     fsdp   every rank keeps 1 / (dp_shard x cp) of its parameters in fp32, as well as of gradients
            and moments; copies in the compute dtype of two layers (the next is fetched ahead) and
            of the root unit (embedding, final norm, head) are gathered; gradients are reduced in
-           fp32, after each micro-batch
+           fp32, after each micro-batch; gloo, on the CPU, has a copy of what it sums
     tp     matrices, heads and the vocabulary are divided, and tokens between them (sequence
            parallel, Korthikanti et al. 2022); the gathered inputs of products are kept; a mixture
            is whole on each rank, which applies it to its own tokens
@@ -28,9 +28,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen2.model.config import BYTES, Mixture, ModelConfig
+from qwen2.train.checkpoints import FILE_BYTES
 from qwen2.train.loss import BLOCK_BYTES, CHUNK_BYTES
 from qwen2.train.mesh import Mesh
-from qwen2.train.plan_parameters import root_parameters, share, stage_layers, stage_shares
+from qwen2.train.plan_parameters import (
+    root_parameters,
+    share,
+    stage_layers,
+    stage_parameters,
+    stage_shares,
+)
 from qwen2.train.recompute import Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -49,8 +56,10 @@ class Work:
     dtype: Literal["bf16", "fp32"] = "bf16"
     recompute: Recompute = "none"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    fused_norm: bool = True
-    """The RMS norm is one kernel, as on CUDA; the CPU's keeps its input and output in fp32."""
+    on_cpu: bool = False
+    """Where the RMS norm is no kernel of its own, which keeps its input and output in fp32."""
+    async_checkpoints: bool = False
+    """Written from a copy in the host's memory, which is the CPU's own."""
 
     @property
     def itemsize(self) -> int:
@@ -75,13 +84,14 @@ class Memory:
     loss: int = 0  # the logits' block, and the gradients that come from it
     working: int = 0  # what a layer's backward pass makes, or computes again
     buffers: int = 0  # of collectives
+    checkpoint: int = 0  # that is being written: a copy of weights and moments, and a file of it
 
     @property
     def total(self) -> int:
         """All together."""
         return (
             self.weights + self.gathered + self.gradients + self.optimizer
-            + self.activations + self.loss + self.working + self.buffers
+            + self.activations + self.loss + self.working + self.buffers + self.checkpoint
         )  # fmt: skip
 
 
@@ -128,7 +138,7 @@ def layer_activations(work: Work, recompute: Recompute | None = None) -> int:
 def _norm(work: Work) -> int:
     """Bytes a token: the input, and 1 / rms; on the CPU input and quotient, both in fp32."""
     C = work.model.hidden_size
-    return C * work.itemsize + 4 if work.fused_norm else 8 * C + 4
+    return 8 * C + 4 if work.on_cpu else C * work.itemsize + 4
 
 
 def _mixture(work: Work, moe: Mixture) -> tuple[int, int]:
@@ -179,8 +189,8 @@ def _loss(work: Work) -> tuple[int, int]:
     head = share(work.model.vocab_size, work.mesh.tp) * work.model.hidden_size
     logits, blocks = loss_block(work)
     # Of several blocks, the weight's gradients add up in fp32.
-    sums = head * (b if blocks == 1 else 4 + b)
-    forward = logits + min(2 * CHUNK_BYTES, 2 * logits) + 2 * hidden + sums
+    sums = 0 if blocks == 1 else 4 * head
+    forward = logits + 2 * hidden + sums + max(min(2 * CHUNK_BYTES, 2 * logits), b * head)
     return forward, 2 * hidden + 2 * head * b
 
 
@@ -198,7 +208,7 @@ def _working(work: Work) -> int:
 
 def moments(work: Work, stage: int = 0) -> Iterator[Memory]:
     """The moments of a step at which a rank's memory may be highest: loss, the beginning of the
-    backward pass, its end, and the update."""
+    backward pass, its end, and the update; of several ranks also what lies between."""
     if work.mesh.world_size == 1:
         return _moments_alone(work)
     return _moments_shared(work, stage)
@@ -215,12 +225,26 @@ def _optimizer(work: Work, stage: int) -> int:
     return 8 * shares.kept - (4 * shares.hidden if work.optimizer == "muon" else 0)
 
 
+def _checkpoint(work: Work, stage: int) -> int:
+    """Bytes of an asynchronous checkpoint: copies of the fp32 weights and of the optimizer's state,
+    which stay from the first one on, and of the file that is being written (checkpoints.py)."""
+    if not (work.on_cpu and work.async_checkpoints):
+        return 0
+    state = _optimizer(work, stage)
+    weights = stage_parameters(work.model, work.mesh, stage).counts
+    largest = 4 * max(weight.kept(work.mesh) for weight, _ in weights)
+    file = min(max(FILE_BYTES, largest), state)
+    return 4 * stage_shares(work.model, work.mesh, stage).kept + state + file
+
+
 def _moments_alone(work: Work) -> Iterator[Memory]:
     """Of one process, see `train_step` and precision.py."""
     model, b = work.model, work.itemsize
     parameters = model.num_parameters()
     weights = parameters * (4 if b == 4 else 4 + b)
-    state = {"weights": weights, "optimizer": _optimizer(work, 0)}
+    state = {
+        "weights": weights, "optimizer": _optimizer(work, 0), "checkpoint": _checkpoint(work, 0),
+    }  # fmt: skip
     before = 4 * parameters if work.micro_batches > 1 else 0  # of earlier micro-batches
     saved = activations(work)
     forward, backward = _loss(work)
@@ -246,31 +270,58 @@ def _sent(work: Work, stage: int) -> int:
 
 
 def _moments_shared(work: Work, stage: int) -> Iterator[Memory]:
-    """Of a rank among several: FSDP over the mesh's dp_shard and cp."""
+    """Of a rank among several: FSDP over the mesh's dp_shard and cp.
+
+    Its units are the root, which stays gathered until the backward pass ends, and of each layer the
+    routed experts and the rest. The last layer's gather is held until the loss is there; then the
+    same is fetched again, and going back always the rest of the next layer. What the last unit was
+    reduced from stays until the next is.
+    """
     model, mesh, b = work.model, work.mesh, work.itemsize
     layers = stage_layers(model.num_hidden_layers, mesh.pp)[stage]
     shares = stage_shares(model, mesh, stage)
-    kept, layer, root = shares.kept, shares.layer, shares.root
-    state = {"weights": 4 * kept, "optimizer": _optimizer(work, stage)}
-    gathered = b * (root + min(layers, 2) * layer)
-    saved = activations(work, stage)
-    forward, backward = _loss(work) if stage == mesh.pp - 1 else (0, 0)
-    before = 4 * kept if work.micro_batches > 1 else 0
-    sent = _sent(work, stage)
+    layer, root, experts = shares.layer, shares.root, shares.experts // layers
+    rest = layer - experts
+    ahead = rest if mesh.fsdp > 1 else 0  # one rank copies its weights when they are used
+    reduced = 4 * max(rest, experts)
+    state = {
+        "weights": 4 * shares.kept, "optimizer": _optimizer(work, stage),
+        "checkpoint": _checkpoint(work, stage),
+    }  # fmt: skip
+    more = work.micro_batches > 1  # whose gradients are there already
+    saved, sent = activations(work, stage), _sent(work, stage)
+    others = saved - saved // min(mesh.pp - stage, work.micro_batches)
+    forward, backward, head = 0, 0, 0
+    if stage == mesh.pp - 1:
+        forward, backward = _loss(work)
+        head = b * share(model.vocab_size, mesh.tp) * model.hidden_size  # its gradient waits
+    for loss in (forward, backward):
+        yield Memory(
+            **state, gathered=b * root, gradients=4 * shares.kept * more, activations=saved,
+            loss=loss, buffers=b * ahead + sent,
+        )  # fmt: skip
+    for done in sorted({0, min(1, layers - 1), layers - 1}):
+        # Of layers that are done gradients are there, and activations are gone.
+        own = shares.kept if more else done * shares.kept_layer
+        yield Memory(
+            **state,
+            gathered=b * (root + layer + (ahead if done < layers - 1 else 0)),
+            gradients=4 * own + head + b * layer,
+            activations=max(saved - done * layer_activations(work), others),
+            working=_working(work),
+            buffers=(reduced if done else 0) + sent,
+        )
+    tied = head if model.tie_word_embeddings else 0  # meets the embedding's
+    own = shares.kept if more else layers * shares.kept_layer
     yield Memory(
-        **state, gathered=gathered, gradients=before, activations=saved, loss=forward,
-        buffers=b * layer + sent,
+        **state, gathered=b * root, gradients=4 * own + b * root + tied, activations=others,
+        buffers=reduced + sent,
     )  # fmt: skip
-    yield Memory(
-        **state, gathered=gathered, gradients=4 * kept + b * layer, activations=saved,
-        loss=backward, working=_working(work), buffers=(4 + b) * layer + sent,
-    )  # fmt: skip
-    # The root's gradients wait for the embedding's; a stage's other micro-batches are open still.
-    yield Memory(
-        **state,
-        gathered=b * (root + layer),
-        gradients=4 * kept + b * root,
-        activations=saved - saved // min(mesh.pp - stage, work.micro_batches),
-        buffers=(4 + b) * max(root, layer) + sent,
-    )
-    yield Memory(**state, gradients=4 * kept)
+    # Gradients are copied in fp32, and their sums beside them. gloo sums in a copy of its own, and
+    # one rank alone divides into one. FSDP's loop over them holds the last meanwhile: the head's.
+    copies = 8 * root if work.on_cpu or mesh.fsdp == 1 else (4 + b) * root
+    if work.on_cpu and mesh.fsdp > 1:
+        copies += head - tied
+    own = shares.kept + (shares.kept - layers * shares.kept_layer) * more
+    yield Memory(**state, gradients=4 * own, activations=others, buffers=copies + sent)
+    yield Memory(**state, gradients=4 * shares.kept)

@@ -165,6 +165,7 @@ class Shares:
     """Numbers that one rank of a pipeline stage has."""
 
     kept: int  # between
+    kept_layer: int  # of that, a layer's
     layer: int  # of a layer, while FSDP has it together
     root: int  # of embedding, final norm and head, likewise
     dense: int  # of the whole stage, likewise, without routed experts
@@ -182,6 +183,7 @@ def stage_shares(model: ModelConfig, mesh: Mesh, stage: int) -> Shares:
     experts = layer.experts.gathered(mesh)
     return Shares(
         kept=layers * layer.kept(mesh) + root.kept(mesh),
+        kept_layer=layer.kept(mesh),
         layer=gathered,
         root=root_gathered,
         dense=layers * (gathered - experts) + root_gathered,

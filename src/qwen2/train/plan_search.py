@@ -2,8 +2,9 @@
 
 Every mesh that `Mesh.problems` lets pass, and whose ranks can share the rows of a step, is tried
 with each number of rows in a micro-batch and each way to recompute activations: some thousands of
-closed forms. Left out is what cannot win: meshes that would be too slow even if everything fitted,
-those whose weights and optimizer do not fit, and of more rows whatever did not fit with fewer.
+closed forms. Phases share mesh and way, and have rows of their own. Left out is what cannot win:
+meshes that would be too slow even if everything fitted, those whose weights and optimizer do not
+fit, and of more rows whatever did not fit with fewer.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from functools import lru_cache
 from qwen2.common.errors import UserError
 from qwen2.model.config import ModelConfig
 from qwen2.train.mesh import ORDER, Mesh
-from qwen2.train.phases import Stretch
-from qwen2.train.plan import Job, Plan, make_plan, make_work
+from qwen2.train.plan import Job, Plan, make_plan, make_work, mean_of_steps
 from qwen2.train.plan_memory import RECOMPUTE
 from qwen2.train.plan_parameters import stage_shares
 from qwen2.train.plan_time import Cluster, step_time
@@ -54,13 +54,15 @@ def own_plan(job: Job, cluster: Cluster) -> Plan:
     """The job's own mesh, with its rows where they can be, and as little computed again as fits.
 
     Raises:
-        UserError: the mesh cannot be.
+        UserError: the mesh cannot be, of one phase or another.
     """
     assert job.mesh
-    mesh = job.mesh.resolve(cluster.devices, job.model, job.context)
-    own = Stretch(0, 0, job.context, job.rows, job.step_rows // job.rows).shared(mesh.dp, mesh.pp)
+    rows = []
+    for phase in job.phases:
+        mesh = job.mesh.resolve(cluster.devices, job.model, phase.context)
+        rows.append(phase.shared(mesh.dp, mesh.pp).rows)
     for recompute in job.recompute:
-        plan = make_plan(job, cluster, mesh, own.rows, recompute)
+        plan = make_plan(job, cluster, mesh, rows, recompute)
         if plan.fits:
             break
     return plan
@@ -72,14 +74,14 @@ def meshes(job: Job, devices: int) -> Iterator[Mesh]:
         for tp in divisors(devices // pp):
             for cp in divisors(devices // pp // tp):
                 dp = devices // pp // tp // cp
-                if job.step_rows % dp or job.step_rows // dp < pp:
+                if any(p.step_rows % dp or p.step_rows // dp < pp for p in job.phases):
                     continue
                 for shard in divisors(dp):
                     for ep in _expert_ranks(job.model, shard * cp):
                         mesh = Mesh(
                             pp=pp, dp_replicate=dp // shard, dp_shard=shard, cp=cp, tp=tp, ep=ep
                         )
-                        if not mesh.problems(job.model, job.context):
+                        if not any(mesh.problems(job.model, p.context) for p in job.phases):
                             yield mesh
 
 
@@ -100,13 +102,15 @@ def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
     """
     if _state(job, mesh) > cluster.memory:
         return None
+    if len(job.phases) > 1:
+        return _fastest_of_phases(job, cluster, mesh)
     fitting, kinds = [], job.recompute
-    own = job.step_rows // mesh.dp
+    own = job.phases[0].step_rows // mesh.dp
     for rows in divisors(own):
         if own // rows < mesh.pp:  # a micro-batch for each stage
             break
         for number, recompute in enumerate(kinds):
-            plan = make_plan(job, cluster, mesh, rows, recompute)
+            plan = make_plan(job, cluster, mesh, [rows], recompute)
             if plan.fits:
                 fitting.append(plan)
                 kinds = kinds[number:]  # more rows need more
@@ -116,15 +120,30 @@ def _fastest(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
     return min(fitting, key=merit, default=None)
 
 
+def _fastest_of_phases(job: Job, cluster: Cluster, mesh: Mesh) -> Plan | None:
+    """The same of several phases, each of which is fastest with rows of its own."""
+    fitting = []
+    for recompute in job.recompute:
+        jobs = [replace(job, phases=(phase,), recompute=(recompute,)) for phase in job.phases]
+        alone = [plan for each in jobs if (plan := _fastest(each, cluster, mesh))]
+        if len(alone) == len(jobs):
+            rows = [plan.work.rows for plan in alone]
+            fitting.append(make_plan(job, cluster, mesh, rows, recompute))
+    return min(fitting, key=merit, default=None)
+
+
 def _least_seconds(job: Job, cluster: Cluster, mesh: Mesh) -> float:
     """Of a step of a mesh, however many rows are in a micro-batch and whether they fit or not.
 
     What waits is least when all rows are in one micro-batch, and the bubble when each has its own.
     """
-    rows = job.step_rows // mesh.dp
-    time = step_time(make_work(job, mesh, rows, job.recompute[0]), cluster)
-    exposed = time.compute + time.tp + time.cp + time.ep
-    return exposed + exposed * (mesh.pp - 1) / rows
+    least = []
+    for phase in job.phases:
+        rows = phase.step_rows // mesh.dp
+        time = step_time(make_work(job, phase, mesh, rows, job.recompute[0]), cluster)
+        exposed = time.compute + time.tp + time.cp + time.ep
+        least.append(exposed + exposed * (mesh.pp - 1) / rows)
+    return mean_of_steps(job, least)
 
 
 def _state(job: Job, mesh: Mesh) -> int:
@@ -138,7 +157,7 @@ def merit(plan: Plan) -> tuple[float, ...]:
     mesh = plan.work.mesh
     used = sum(getattr(mesh, name) > 1 for name in (*ORDER, "ep"))
     return (
-        _three_digits(plan.time.total),
+        _three_digits(plan.mean_seconds),
         RECOMPUTE.index(plan.work.recompute),
         used,
         plan.memory.total,
@@ -153,12 +172,13 @@ def _why_not(job: Job, cluster: Cluster) -> str:
     """One line: what is nearest, and what would help."""
     nearest = _nearest(job, cluster)
     if nearest is None:
+        rows = " or ".join(str(n) for n in sorted({phase.step_rows for phase in job.phases}))
         return (
-            f"no mesh of {cluster.devices} devices divides the model and the {job.step_rows} rows "
+            f"no mesh of {cluster.devices} devices divides the model and the {rows} rows "
             "of a step (rows x accumulation); choose a number of devices with more factors of two"
         )
     amount = {"none": "no"}.get(nearest.work.recompute, nearest.work.recompute)
-    need = nearest.memory.total / (1 - job.headroom)
+    need = nearest.memory.total / (1 - nearest.headroom)
     helps = [f"devices of {need / 1e9:,.0f} GB"]
     more = cluster.devices * 2
     while more <= MOST:
@@ -173,7 +193,7 @@ def _why_not(job: Job, cluster: Cluster) -> str:
         f"nothing fits {cluster.devices} x {cluster.memory / 1e9:,.0f} GB: the nearest mesh, "
         f"{describe(nearest.work.mesh)} with {amount} recomputation and one row a "
         "micro-batch, needs "
-        f"{nearest.memory.total / 1e9:,.1f} GB and {job.headroom:.0%} to spare; "
+        f"{nearest.memory.total / 1e9:,.1f} GB and {nearest.headroom:.0%} to spare; "
         f"{' or '.join(helps)} would do"
     )
 
@@ -183,7 +203,7 @@ def _nearest(job: Job, cluster: Cluster) -> Plan | None:
     best = None
     for mesh in meshes(job, cluster.devices):
         if best is None or _state(job, mesh) < best.memory.total:
-            plan = make_plan(job, cluster, mesh, 1, job.recompute[-1])
+            plan = make_plan(job, cluster, mesh, [1] * len(job.phases), job.recompute[-1])
             best = plan if best is None else min(best, plan, key=lambda p: p.memory.total)
     return best
 
