@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-SECONDS = 3.0  # to compile a grammar, which takes milliseconds
-WAIT = 6.0  # seconds for one's turn: behind two that are given up
+SECONDS = 3  # of the processor, to compile a grammar, which takes milliseconds
+PATIENCE = 15.0  # seconds by the clock for that, on a busy machine
+WAIT = 8.0  # seconds for one's turn: behind two that are given up
 START_SECONDS = 60.0  # to start the process: plenty on a busy machine
 MEMORY = 2 << 30  # bytes of address space, of the process that tries
 
@@ -135,7 +137,7 @@ class Checker:
             process = self._process
             if process is None or process.poll() is not None:
                 process = self._process = self._start()
-            answer = _ask(process, {"kind": kind, "text": text}, SECONDS)
+            answer = _ask(process, {"kind": kind, "text": text}, PATIENCE)
         finally:
             self._lock.release()
         if answer is None:
@@ -213,14 +215,14 @@ def _serve() -> None:
 
 
 def _limit() -> None:
-    """Little memory; and an end, should who asks have died meanwhile."""
+    """Little memory, and little of the processor for the next grammar."""
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime + 2 * SECONDS)
+        seconds = math.ceil(used.ru_utime + used.ru_stime) + SECONDS
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
 
 
