@@ -10,8 +10,13 @@ import qwen2  # noqa: F401  before torch: sets OMP_WAIT_POLICY, or a busy machin
 # isort: split
 import pytest
 import torch
+from hypothesis import settings
 
 from qwen2.model.config import ModelConfig
+
+# The same examples on every machine, however busy it is.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.load_profile("fixed")
 
 REAL = "QWEN2_REAL_CHECKPOINT"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.common.equivalence import equivalence, t_probability, t_quantile
@@ -38,7 +38,6 @@ def test_the_table_of_student(freedom: int, probability: float, t: float) -> Non
     assert t_probability(-t, freedom) == pytest.approx(1 - probability, abs=1e-5)
 
 
-@settings(deadline=None)  # the first example imports the oracle
 @given(st.floats(-30, 30), st.integers(1, 2000))
 def test_the_distribution_is_scipys(t: float, freedom: int) -> None:
     stats = pytest.importorskip("scipy.stats", reason="the oracle is not installed")

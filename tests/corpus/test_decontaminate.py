@@ -148,7 +148,7 @@ def test_an_excerpt_of_a_long_item_and_the_longest_match() -> None:
 WORD = st.integers(0, 30).map(lambda i: "the" if i < 8 else f"q{i}")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.lists(WORD, min_size=10, max_size=45), min_size=1, max_size=6),
     st.lists(st.lists(WORD, max_size=120), min_size=1, max_size=4),

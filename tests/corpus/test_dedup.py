@@ -1,6 +1,6 @@
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.corpus import Document, deduplicate, text_digest
@@ -13,7 +13,6 @@ def documents(texts: list[str]) -> list[Document]:
     return [Document(text, str(i), "s", "ab"[i % 2]) for i, text in enumerate(texts)]
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_keeps_the_first_of_each_text_and_is_idempotent(texts: list[str]) -> None:
     given_, removed = documents(texts), Counter[str]()

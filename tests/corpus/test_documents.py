@@ -17,7 +17,7 @@ LABEL = st.none() | TEXT
 DOCUMENT = st.builds(Document, TEXT, TEXT, TEXT, TEXT, LABEL, LABEL, LABEL, METADATA)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(DOCUMENT, max_size=9))
 def test_parquet_gives_back_any_documents(
     tmp_path_factory: pytest.TempPathFactory, written: list[Document]

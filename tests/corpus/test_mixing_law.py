@@ -105,7 +105,6 @@ def test_spearman_by_hand() -> None:
     assert np.isnan(spearman(np.ones(3), np.arange(3.0)))
 
 
-@settings(deadline=None)  # the first example imports the oracle
 @given(st.lists(st.integers(0, 5), min_size=3, max_size=30), st.integers(0, 99))
 def test_spearman_is_scipys(values: list[int], seed: int) -> None:
     stats = pytest.importorskip("scipy.stats", reason="the oracle is not installed")
@@ -123,7 +122,7 @@ def test_folds_predict_what_they_have_not_seen() -> None:
     assert abs(out_of_fold("linear", mixtures, losses)[3] - losses[3]).min() > 0.5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6))
 def test_the_minimum_is_the_best_of_all_mixtures(seed: int) -> None:
     law, mixtures = known(targets=3, seed=seed)

@@ -54,7 +54,7 @@ def test_projection_lands_in_the_bounds_and_is_nearest(
 
 
 # Of two sources, one a billion times as large, there may not be so many different mixtures.
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(10**6, 10**7), min_size=2, max_size=17).map(
         lambda sizes: np.array(sizes, np.float64)

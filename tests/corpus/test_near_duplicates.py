@@ -207,7 +207,7 @@ def test_taking_rows_out_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [first for first, _ in sketches] == [0, 4, 8, 10, 14, 18, 20, 24, 28]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 12), max_size=60), st.integers(1, 20), st.integers(1, 2))
 def test_runs_are_the_equal_keys(
     tmp_path_factory: pytest.TempPathFactory, keys: list[int], records: int, words: int
@@ -232,7 +232,6 @@ def test_runs_are_the_equal_keys(
     assert sorted(found) == sorted(rows for rows in expected if len(rows) > 1)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=40), st.integers(1, 9))
 def test_components_are_those_of_a_search(pairs: list[tuple[int, int]], size: int) -> None:
     sets = Components(20)

@@ -2,7 +2,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.corpus import shingles
@@ -39,7 +39,6 @@ def words(text: str) -> list[str]:
     return found
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_words_are_those_of_the_rule(texts: list[str]) -> None:
     hashes, counts = word_hashes(texts)
@@ -50,7 +49,6 @@ def test_words_are_those_of_the_rule(texts: list[str]) -> None:
     assert len(set(zip(hashes.tolist(), flat, strict=True))) == len(set(flat))
 
 
-@settings(deadline=None)
 @given(TEXTS, st.integers(2, 6))
 def test_a_text_has_the_same_hashes_alone_in_any_batch_and_in_small_blocks(
     texts: list[str], block: int

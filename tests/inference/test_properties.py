@@ -57,7 +57,7 @@ def of_kind(kind: str) -> tuple[Qwen2, list[list[int]]]:
     batch=st.integers(1, 80), running=st.integers(1, 6), block=st.integers(1, 20),
     cache_=st.booleans(), blocks=st.integers(0, 12),
 )  # fmt: skip
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_every_kind_of_model_equals_full_passes(
     kind: str, batch: int, running: int, block: int, cache_: bool, blocks: int
 ) -> None:
@@ -232,4 +232,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestEngine = Machine.TestCase
-TestEngine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestEngine.settings = settings(max_examples=50, stateful_step_count=30)

@@ -164,7 +164,7 @@ def test_greedy_ignores_the_generator() -> None:
     penalty=st.floats(0.5, 2.0),
     min_p=st.sampled_from([0.0, 0.0, 0.02, 0.3]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_distribution_is_that_of_transformers(
     seed: int, size: int, temperature: float, top_k: int, top_p: float, penalty: float, min_p: float
 ) -> None:

@@ -168,7 +168,7 @@ def same(one: Completion, other: Completion) -> None:
     most=st.integers(1, 9), block=st.integers(1, 9), batch=st.integers(8, 60),
     spare=st.integers(0, 12),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_output_equals_that_without_guesses(
     draft: str, requests: list[tuple[list[int], SamplingParams]], most: int, block: int,
     batch: int, spare: int,
@@ -278,7 +278,7 @@ def request_of(ids: list[int]) -> Request:
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_drafts_cache_is_as_if_there_were_none(data: st.DataObject) -> None:
     """Whatever was right of its guesses, whoever lost its place, however small the passes."""
     draft = DRAFTS["of fewer rows"]
@@ -359,7 +359,7 @@ class Machine(EngineMachine):
 
 
 TestEngine = Machine.TestCase
-TestEngine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestEngine.settings = settings(max_examples=30, stateful_step_count=30)
 
 
 @pytest.mark.real

@@ -77,7 +77,7 @@ def packed(scheme: Scheme, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) 
     chunk=chunks, T=st.integers(1, 50), K=st.integers(1, 2), G=st.integers(1, 3),
     trained=st.none() | st.integers(1, 30), seed=st.integers(0, 999),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_the_dense_reference(
     chunk: tuple[int, int], T: int, K: int, G: int, trained: int | None, seed: int
 ) -> None:
@@ -93,7 +93,7 @@ def test_equals_the_dense_reference(
     chunk=chunks, cuts=st.lists(st.integers(1, 13), min_size=1, max_size=7), G=st.integers(1, 3),
     trained=st.none() | st.integers(1, 30), seed=st.integers(0, 999),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prefill_from_anywhere_then_decode_equals_one_pass(
     chunk: tuple[int, int], cuts: list[int], G: int, trained: int | None, seed: int
 ) -> None:
@@ -158,7 +158,7 @@ def test_documents_do_not_see_each_other() -> None:
 
 
 @given(chunk=chunks, lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gradients_equal_those_of_the_plain_path(
     chunk: tuple[int, int], lengths: list[int]
 ) -> None:
@@ -185,7 +185,7 @@ def test_gradients_equal_those_of_the_plain_path(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=2, max_size=4),
     T=st.integers(1, 20), seed=st.integers(0, 999),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_parts_merge_to_one_softmax(sizes: list[tuple[int, bool]], T: int, seed: int) -> None:
     """Any number of parts, causal or not, against one softmax over all their scores."""
     generator = torch.Generator().manual_seed(seed)

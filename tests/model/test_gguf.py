@@ -287,8 +287,6 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, wide: ModelConfig, write_ggu
 
 @settings(
     max_examples=150,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

@@ -359,8 +359,6 @@ def test_an_index_that_does_not_fit_is_one_clear_line(sharded: Path, name: str) 
 
 @settings(
     max_examples=150,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

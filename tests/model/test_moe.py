@@ -155,7 +155,7 @@ def test_a_layer_by_hand() -> None:
     N=st.integers(1, 12), E=st.integers(1, 9), C=st.integers(1, 9), width=st.integers(1, 9),
     data=st.data(), seed=st.integers(0, 999),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_grouped_equals_loop(
     N: int, E: int, C: int, width: int, data: st.DataObject, seed: int
 ) -> None:
@@ -390,7 +390,7 @@ def test_the_entropy_by_hand() -> None:
 
 
 @given(N=st.integers(1, 30), E=st.integers(1, 12), layers=st.integers(1, 3), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_statistics_equal_transformers(N: int, E: int, layers: int, data: st.DataObject) -> None:
     k, seed = data.draw(st.integers(1, E)), data.draw(st.integers(0, 999))
     logits = torch.randn(layers, N, E, generator=torch.Generator().manual_seed(seed)) * 2

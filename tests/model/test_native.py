@@ -123,7 +123,7 @@ def test_dequantised_int4(library: None, generator: torch.Generator) -> None:
     assert torch.equal(native.dequantise_int4(*parts), dequantise_int4(*parts).bfloat16())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     length=st.integers(1, 200), new=st.integers(1, 200), seed=st.integers(0, 9),
     sizes=st.sampled_from([(2, 1, 32), (6, 2, 64), (4, 4, 128), (7, 1, 96)]),

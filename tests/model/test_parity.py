@@ -92,7 +92,7 @@ def test_packed_documents_equal_each_alone(tiny: ModelConfig) -> None:
     cuts=st.lists(st.integers(1, 20), min_size=1, max_size=8), seed=st.integers(0, 99),
     scattered=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @torch.no_grad()
 def test_cache_equals_no_cache(cuts: list[int], seed: int, scattered: bool) -> None:
     """A prefill in any chunks, then single tokens, in any slots, equals one full pass."""
@@ -212,7 +212,7 @@ def test_fp16_scores_do_not_overflow() -> None:
     T=st.integers(1, 9), past=st.integers(0, 9), K=st.integers(1, 3), G=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )  # fmt: skip
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_attention_equals_its_formula(T: int, past: int, K: int, G: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     D, S = 6, T + past

@@ -117,7 +117,7 @@ def test_int4_numbers_by_hand() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_packing_is_reversible(rows: int, chunks: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(0, 16, (rows, 64 * chunks), generator=generator).to(torch.uint8)
@@ -125,7 +125,7 @@ def test_packing_is_reversible(rows: int, chunks: int, seed: int) -> None:
 
 
 @given(st.integers(0, 2**31), st.floats(-6, 2), st.floats(-2, 2))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rounding_is_within_half_a_step(seed: int, exponent: float, shift: float) -> None:
     """A step of int8 is scale; one of int4 is scale too, but the ends are rounded to fp16."""
     weight = normal(3, 128, seed=seed) * 10**exponent + shift * 10**exponent

@@ -51,7 +51,7 @@ def test_by_hand() -> None:
     betas=st.sampled_from([(32.0, 1.0), (16.0, 2.0)]),
     truncate=st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_equals_transformers(
     factor: float, trained: int, theta: float, head_dim: int, attention_factor: float | None,
     betas: tuple[float, float], truncate: bool,

@@ -67,7 +67,7 @@ def test_written_configurations_are_read_alike_by_transformers(tiny: ModelConfig
 @given(
     T=st.integers(1, 40), past=st.integers(0, 40), window=st.integers(1, 30), G=st.integers(1, 3)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_a_dense_mask(T: int, past: int, window: int, G: int) -> None:
     generator = torch.Generator().manual_seed(0)
     S, D = T + past, 6

@@ -165,7 +165,7 @@ def test_the_default_width_of_an_expert(dense_size: int, expected: int) -> None:
 widths = st.tuples(st.integers(1, 12), st.integers(1, 6), st.integers(1, 12), st.integers(0, 9))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(widths)
 def test_cuts_of_shuffled_copies(sizes: tuple[int, int, int, int]) -> None:
     size, experts, dense_size, seed = sizes
@@ -183,7 +183,7 @@ def test_cuts_of_shuffled_copies(sizes: tuple[int, int, int, int]) -> None:
     assert found == [line[e * size : (e + 1) * size] for e in range(experts)]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(widths, st.sampled_from([0.25, 0.5, 1.0]))
 def test_half_of_the_units_are_new(sizes: tuple[int, int, int, int], share: float) -> None:
     size, experts, dense_size, seed = sizes

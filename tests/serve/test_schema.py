@@ -47,9 +47,6 @@ def test_nothing_is_a_5xx(small: Any, method: str, path: str, mode: str) -> None
 
     @settings(
         max_examples=50,
-        deadline=None,
-        database=None,
-        derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     @given(case=cases)

@@ -131,9 +131,7 @@ def test_a_run_and_what_each_document_tells(recipe: SynthesisRecipe, tmp_path: P
     assert len(kept) + len(rejected) == outcome.records
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 5), max_size=4), st.integers(0, 99), st.integers(0, 200))
 def test_any_interruptions_and_orders_give_the_same_bytes(
     recipe: SynthesisRecipe, whole: dict[str, bytes], cuts: list[int], seed: int, torn: int

@@ -16,7 +16,7 @@ from qwen2.synthesis.store import AnswerLog, Answers, claimed
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(TEXTS, min_size=1, max_size=8), st.data())
 def test_a_segment_cut_anywhere_loses_its_last_line_alone(
     texts: list[str], data: st.DataObject
@@ -44,7 +44,7 @@ def test_a_segment_cut_anywhere_loses_its_last_line_alone(
         assert Answers(Path(name)).get(digest(99)) == Answer("later", "stop")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_changed_byte_passes_for_an_answer(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:

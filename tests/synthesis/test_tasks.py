@@ -176,7 +176,7 @@ TOKENIZER = Tokenizer.qwen2()
 WORDS = st.sampled_from(["word", "Brücke ", "橋", "\n", "\n\n", ". ", " ", "x" * 30, "🙂"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(WORDS, max_size=120).map("".join), st.integers(16, 60), st.integers(1, 5))
 def test_excerpts_are_parts_of_the_text_that_fit(text: str, tokens: int, most: int) -> None:
     config = ExcerptConfig(tokens=tokens, least=4, per_document=most)

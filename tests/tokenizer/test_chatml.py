@@ -153,7 +153,7 @@ PIECES = [
 HOSTILE = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     contents=st.lists(HOSTILE, min_size=1, max_size=4),
     tool=st.none() | HOSTILE,

@@ -12,7 +12,6 @@ from qwen2.tokenizer import Tokenizer
 ANY_IDS = st.lists(st.integers(0, 151_645) | st.integers(0, 255), max_size=40)
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_streaming_any_text_equals_decoding_it(qwen: Tokenizer, text: str) -> None:
     ids = qwen.encode(text)
@@ -21,7 +20,7 @@ def test_streaming_any_text_equals_decoding_it(qwen: Tokenizer, text: str) -> No
     assert "\ufffd" not in qwen.decode(ids) or "\ufffd" in text
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(ids=ANY_IDS)
 def test_streaming_any_ids_equals_decoding_them(qwen: Tokenizer, ids: list[int]) -> None:
     stream = qwen.stream()

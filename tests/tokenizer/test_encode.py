@@ -77,7 +77,7 @@ def test_equals_tiktoken_and_huggingface_on_real_documents(
     assert huggingface.batch_decode(ours[::50]) == composed[::50]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=UNICODE)
 def test_equals_tiktoken_and_huggingface_on_any_text(
     qwen: Tokenizer, tiktoken_oracle: tiktoken.Encoding, huggingface: Any, text: str
@@ -89,7 +89,7 @@ def test_equals_tiktoken_and_huggingface_on_any_text(
     assert qwen.decode(ids) == composed
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(texts=st.lists(UNICODE, max_size=30), threads=st.integers(1, 4))
 def test_batches_equal_single_texts(qwen: Tokenizer, texts: list[str], threads: int) -> None:
     expected = [qwen.encode(text) for text in texts]

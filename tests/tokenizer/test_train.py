@@ -56,7 +56,7 @@ def test_saved_gives_the_same_ids_elsewhere(
     assert AutoTokenizer.from_pretrained(tmp_path)(some)["input_ids"] == ids
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     texts=st.lists(st.text("abc", min_size=3, max_size=60), min_size=1, max_size=8),
     merges=st.integers(1, 40),

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.tokens.memory import Memory
 
@@ -35,7 +35,6 @@ def epoch_of(rows: BestFitRows, epoch: int) -> list[list[Piece]]:
     return [rows.pieces(place) for place in range(epoch * count, (epoch + 1) * count)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 15), max_size=80))
 def test_by_counts_is_as_one_by_one(sizes: list[int]) -> None:
     context = 16
@@ -76,7 +75,6 @@ def test_where_short_documents_lack_rows_are_dissolved_by_hand() -> None:
     assert (many.plan.rows, many.plan.padding, many.plan.cuts) == (304, 40, 293 - 97)
 
 
-@settings(deadline=None)
 @given(LENGTHS, CONTEXT, st.integers(0, 9), st.integers(0, 3))
 def test_an_epoch_has_every_token_once_in_full_rows(
     lengths: list[int], context: int, seed: int, epoch: int
@@ -98,7 +96,6 @@ def test_an_epoch_has_every_token_once_in_full_rows(
     assert not needed - own
 
 
-@settings(deadline=None)
 @given(LENGTHS, CONTEXT)
 def test_every_epoch_has_the_same_rows_by_size(lengths: list[int], context: int) -> None:
     rows = BestFitRows(np.array(lengths), context, seed=0)

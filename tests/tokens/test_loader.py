@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.common.errors import UserError
@@ -44,7 +44,6 @@ def assert_equal(ours: list[PackedBatch], theirs: list[PackedBatch]) -> None:
         assert a.lengths == b.lengths
 
 
-@settings(deadline=None)
 @given(SOURCE, CONTEXT, ROWS, SEED)
 def test_every_epoch_has_every_token_once_and_rows_are_full(
     source: Memory, context: int, rows: int, seed: int
@@ -73,7 +72,6 @@ def test_a_book_does_not_fill_one_batch_after_the_other() -> None:
         assert 1 <= from_the_book <= 9
 
 
-@settings(deadline=None)
 @given(SOURCE, CONTEXT, ROWS, SEED, st.integers(0, 12), st.integers(1, 3))
 def test_resumed_at_any_step_equals_never_interrupted(
     source: Memory, context: int, rows: int, seed: int, step: int, world: int
@@ -90,7 +88,6 @@ def test_resumed_at_any_step_equals_never_interrupted(
         assert_equal(take(PackedLoader(source, context, rows, seed, rank, world), step), before)
 
 
-@settings(deadline=None)
 @given(SOURCE, CONTEXT, ROWS, SEED, st.integers(1, 4))
 def test_ranks_take_the_rows_of_one_process_in_turn(
     source: Memory, context: int, rows: int, seed: int, world: int
@@ -100,7 +97,6 @@ def test_ranks_take_the_rows_of_one_process_in_turn(
     assert_equal(shared, take(PackedLoader(source, context, rows, seed), 3 * world))
 
 
-@settings(deadline=None)
 @given(SOURCE, CONTEXT, st.integers(1, 3), SEED)
 def test_resume_with_another_world_takes_up_the_next_rows(
     source: Memory, context: int, step: int, seed: int

@@ -1,7 +1,7 @@
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.tokens import EpochLayout, Piece, lay_epoch, pack, shuffled
@@ -34,7 +34,6 @@ def test_layout_by_hand() -> None:
     assert layout.pieces(2, 2) == []
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 9), st.integers(0, 9), st.integers(1, 9))
 def test_an_epoch_cut_anyhow_loses_and_repeats_nothing(
     lengths: list[int], seed: int, epoch: int, width: int
@@ -52,7 +51,6 @@ def test_an_epoch_cut_anyhow_loses_and_repeats_nothing(
     assert batch.targets.tolist() == in_order.tolist()
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 9), st.integers(1, 9))
 def test_positions_restart_and_inputs_never_cross_documents(
     lengths: list[int], seed: int, width: int

@@ -63,7 +63,7 @@ def in_turn(make: Make, rows: int, world: int, batches: int, state: Any = None) 
 
 
 @MAKE
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_ranks_and_rows_go_on_where_any_others_stopped(make: Make, data: Any) -> None:
     shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))

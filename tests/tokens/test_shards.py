@@ -37,7 +37,7 @@ def write(folder: Path, pairs: list[tuple[str, list[int]]], **options: int) -> S
     return write_shards(folder, iter(pairs), tokenizer="abc", **values)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["code", "prose"]), st.lists(st.integers(0, 9), max_size=12)),
@@ -202,7 +202,7 @@ def test_loader_over_shards(tmp_path: Path) -> None:
         PackedLoader(other, context=5, rows=1).load_state_dict(loader.state_dict())
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     st.lists(
         st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 9), max_size=9))),

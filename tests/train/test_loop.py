@@ -130,7 +130,7 @@ def test_clipping_bounds_the_update_and_the_norm_is_that_before(
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     stops=st.lists(st.integers(1, 5), max_size=3),
     accumulation=st.integers(1, 2),

@@ -33,7 +33,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, inputs))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(block=st.integers(1, N + 1), ignored=st.integers(0, N - 1), seed=st.integers(0, 99))
 def test_equals_the_plain_loss_in_fp32(block: int, ignored: int, seed: int) -> None:
     hidden, weight, targets = problem(torch.float32, seed, ignored)
@@ -119,7 +119,7 @@ def test_nothing_to_predict_is_an_error() -> None:
     assert all(g.abs().max() == 0 for g in gradients(loss, hidden, weight))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     block=st.integers(1, N + 1),
     ignored=st.integers(0, N - 1),

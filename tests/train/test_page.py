@@ -186,7 +186,7 @@ def test_a_million_steps_with_64_experts_stay_small() -> None:
 STRANGE = st.sampled_from([0.0, -1.0, 1.0, 1e-30, 1e30, 1e300, -1e300, math.inf, math.nan])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(*[STRANGE] * 5), max_size=6), STRANGE)
 def test_no_figure_is_so_strange_that_there_is_no_page(
     figures: list[tuple[float, ...]], bits: float

@@ -98,7 +98,7 @@ def test_few_documents_give_no_limit() -> None:
     assert found.skipped == {"xx": 59}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(0, 100, width=16), min_size=10, max_size=60),
     st.lists(st.floats(0, 100, width=16), min_size=10, max_size=60),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.corpus.filters import (
@@ -138,7 +138,6 @@ def test_finds_what_is_planted_in_any_language(tag: str, language: str) -> None:
         assert mask(SENTENCES[language].format(planted)) == SENTENCES[language].format(tag)
 
 
-@settings(deadline=None)
 @given(ANY | PERSONAL | HOSTILE)
 def test_masking_twice_is_masking_once(text: str) -> None:
     once = mask(text)
@@ -167,7 +166,6 @@ def test_repairs(text: str, mended: str) -> None:
     assert repair(text) == mended
 
 
-@settings(deadline=None)
 @given(ANY | HOSTILE | st.text("Ãâ€©\xa0é\x80\x99\r\n\x85a", max_size=30))
 def test_repaired_text_is_valid_and_stays(text: str) -> None:
     once = repair(text)
@@ -176,7 +174,6 @@ def test_repaired_text_is_valid_and_stays(text: str) -> None:
     assert not set(once) & set(map(chr, [*range(9), *range(14, 32), *range(127, 160), 13]))
 
 
-@settings(deadline=None)
 @given(st.text("abc äöü ß é 漢字 мир\n", max_size=60))
 def test_good_text_is_left_alone(text: str) -> None:
     assert repair(text) == text
@@ -219,7 +216,6 @@ def test_takes_licence_headers_out(text: str, left: str) -> None:
     assert without_licence_header(text) == left
 
 
-@settings(deadline=None)
 @given(ANY | HOSTILE | st.text("#/*-; \nCopyright©", max_size=60))
 def test_a_header_is_all_that_goes(text: str) -> None:
     left = without_licence_header(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.common.errors import UserError
@@ -47,7 +47,6 @@ def of(text: str, language: str | None = "en", lines: C4Lines | None = None) -> 
     return {name: float(values[0]) for name, values in columns.items()}
 
 
-@settings(deadline=None)
 @given(st.lists(TEXTS, max_size=5), st.sampled_from(["en", "zh", "th", "xx", None]))
 def test_any_unicode_gives_finite_numbers_whatever_the_batch(
     texts: list[str], language: str | None
@@ -135,7 +134,6 @@ def test_c4_by_hand() -> None:
     )
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_c4_keeps_lines_of_the_text_and_is_idempotent(text: str) -> None:
     once = keep_lines(text)
@@ -168,7 +166,6 @@ def test_code_by_hand() -> None:
     assert columns["minified"].tolist() == [0, 1200 / 1205, 0]
 
 
-@settings(deadline=None)
 @given(st.lists(TEXTS, max_size=4))
 def test_any_unicode_is_measured_as_code(texts: list[str]) -> None:
     columns = measure_code(texts)

@@ -58,7 +58,7 @@ def slow(text: str) -> dict[str, float]:
     return numbers
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(FEW | HAN | ANY, min_size=1, max_size=5))
 def test_equals_the_definition_in_any_batch(texts: list[str]) -> None:
     numbers = measured(texts)
@@ -68,7 +68,6 @@ def test_equals_the_definition_in_any_batch(texts: list[str]) -> None:
             assert numbers[name][index] == pytest.approx(expected[name], abs=1e-12), name
 
 
-@settings(deadline=None)
 @given(ANY | FEW | HAN)
 def test_shares_are_shares(text: str) -> None:
     for name, (value,) in measured([text]).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2.corpus.filters import stop_words
@@ -45,7 +45,6 @@ def test_cuts_words(text: str, expected: list[str]) -> None:
     assert cut(text) == expected
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_words_cover_all_but_white_space(text: str) -> None:
     found = cut(text)
@@ -53,7 +52,6 @@ def test_words_cover_all_but_white_space(text: str) -> None:
     assert "".join(found) == "".join(text.split())
 
 
-@settings(deadline=None)
 @given(st.lists(TEXTS, max_size=6))
 def test_a_batch_changes_nothing(texts: list[str]) -> None:
     together = w.split(texts)
@@ -69,7 +67,6 @@ def test_a_batch_changes_nothing(texts: list[str]) -> None:
         assert together.per_text(together.weights)[index] == alone.per_text(alone.weights)[0]
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=40))
 def test_equal_words_have_equal_hashes_and_others_others(words: list[str]) -> None:
     hashes = w.split([" ".join(words)]).hashes.tolist()

@@ -119,7 +119,7 @@ def parsed(line: bytes) -> dict[str, object] | None:
     return record if isinstance(text, str) and text.strip() and "\0" not in text else None
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(GOOD | ANY, max_size=8), st.booleans())
 @example([b'{"text": "\\ud800 \\ud83d\\ude00", "m": "\\udfff\\u0000"}'], False)
 @example([b'{"text": "a", "big": ' + b"9" * 5000 + b"}", b'{"text": "n", "x": NaN}'], True)
@@ -225,7 +225,7 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(PIECES, min_size=1, max_size=3), st.integers(1, 900))
 @example([[b"\n\n\n"], [LINES]], 1)
 def test_a_large_file_is_cut_and_reads_as_in_one_piece(files: list[list[bytes]], most: int) -> None:
