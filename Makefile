@@ -10,8 +10,8 @@ MINUTES ?= 8
 quickstart: $(VENV)/.ready  ## the report in miniature, from text to a model that talks
 	$(RUN)/qwen2 quickstart --out $(OUT) --minutes $(MINUTES)
 
-test: $(VENV)/.ready-dev  ## all tests, two files at a time
-	$(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.ready-dev  ## all tests
+	$(RUN)/pytest
 
 check: $(VENV)/.ready-dev  ## lint, types, import contracts
 	$(RUN)/ruff check .

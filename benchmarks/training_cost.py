@@ -13,6 +13,7 @@ is a share of that step's. Charts go to `--figures`.
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from qwen2.common.runtime import keep_freed_memory
 from qwen2.model.config import ModelConfig
 from qwen2.model.decoder import Qwen2, init_weights
 from qwen2.tokens.loader import PackedLoader
+from qwen2.tokens.shards import Shards, write_shards
 from qwen2.train.flops import measure_matmul_peak
 from qwen2.train.optimizers import AdamWConfig
 from qwen2.train.packed_loss import PackedLoss
@@ -40,24 +42,20 @@ MOST_LOADING = 0.01  # of a step
 CPU = torch.device("cpu")
 
 
-class Documents:
-    """Random ids in documents of mixed lengths."""
-
-    fingerprint = "random ids"
-
-    def __init__(self, count: int = 4000) -> None:
-        random = np.random.default_rng(0)
-        self.lengths = random.integers(16, 2 * CONTEXT, count).astype(np.int64)
-        self.ids = random.integers(0, VOCABULARY, int(self.lengths.max()))
-
-    def document(self, number: int, /) -> Any:
-        return self.ids[: self.lengths[number]]
+def random_shards(folder: Path, count: int = 4000) -> Shards:
+    """Random ids in documents of mixed lengths, as a run reads them."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(16, 2 * CONTEXT, count)
+    documents = (("noise", random.integers(1, VOCABULARY, length)) for length in lengths)
+    write_shards(folder, documents, vocab_size=VOCABULARY, end_of_text=0, tokenizer="noise")
+    return Shards(folder)
 
 
 class Size:
     """A miniature, and the steps that it takes."""
 
-    def __init__(self, hidden: int, layers: int) -> None:
+    def __init__(self, hidden: int, layers: int, shards: Shards) -> None:
+        self.shards = shards
         self.config = ModelConfig(
             vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=4 * hidden,
             num_hidden_layers=layers, num_attention_heads=hidden // 64,
@@ -73,7 +71,7 @@ class Size:
 
     def steps(self, tokens: int) -> Callable[[], float]:
         """Takes a step of so many tokens; returns its seconds, reading of data left out."""
-        loader = PackedLoader(Documents(), context=CONTEXT, rows=tokens // CONTEXT, seed=0)
+        loader = PackedLoader(self.shards, context=CONTEXT, rows=tokens // CONTEXT, seed=0)
 
         def step() -> float:
             began = time.perf_counter()
@@ -95,10 +93,11 @@ def fit(points: list[tuple[float, float]]) -> dict[str, float]:
     return {"slope": float(slope), "intercept": float(start), "r_squared": float(1 - left)}
 
 
-def measure(tokens: int, rounds: int, figures: Path | None) -> dict[str, Any]:
+def measure(tokens: int, rounds: int, figures: Path | None, folder: Path) -> dict[str, Any]:
     """Steps of all sizes and lengths, fitted."""
     keep_freed_memory()
-    sizes = [Size(*size) for size in SIZES]
+    shards = random_shards(folder)
+    sizes = [Size(*size, shards) for size in SIZES]
     by_size = alternate({str(i): s.steps(tokens) for i, s in enumerate(sizes)}, rounds)
     lengths = [tokens * share // 4 // CONTEXT * CONTEXT for share in (1, 2, 4, 6, 8)]
     by_length = alternate({str(n): sizes[0].steps(n) for n in lengths}, rounds)
@@ -136,7 +135,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4 * CONTEXT, help="of a step")
     parser.add_argument("--figures", type=Path, help="a folder for the charts")
     chosen = parser.parse_args()
-    finish("training_cost", measure(chosen.tokens, chosen.rounds, chosen.figures), chosen)
+    with tempfile.TemporaryDirectory() as place:
+        found = measure(chosen.tokens, chosen.rounds, chosen.figures, Path(place) / "shards")
+    finish("training_cost", found, chosen)
 
 
 if __name__ == "__main__":
