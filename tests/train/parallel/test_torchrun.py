@@ -24,7 +24,7 @@ from qwen2.train.pretrain import PretrainRecipe, pretrain
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 400  # on a busy machine; a job that hangs would take for ever
+SECONDS = 400  # on a busy machine
 MACHINE = {"tokens_per_s", "mfu", "memory_gb"}
 
 
