@@ -8,7 +8,8 @@ for which it is compiled once more, then for all. What ranks hand on while it is
 or in uneven shares, is computed as without: compiled code neither waits nor knows of the shares.
 
 Deviation: a whole layer is not compiled. Around attention, the router and the experts it would fall
-into pieces anyway, those would be made anew for documents of other lengths, and `selective` (recompute.py) could no longer tell products from the rest.
+into pieces anyway, made anew for documents of other lengths and no faster (docs/LOG.md), and
+`selective` (recompute.py) could no longer tell products from the rest.
 """
 
 from __future__ import annotations
