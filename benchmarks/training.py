@@ -31,6 +31,7 @@ from typing import Any
 from harness import finish, options, ratios, spread
 from peers.processes import Absent, Child
 from qwen2.common.progress import say
+from qwen2.model.config import ModelConfig
 
 CONTEXT = 512
 SHAPE = {
@@ -86,6 +87,8 @@ class Benchmark:
         self.absent: dict[str, str] = {}
         text = rows_of_text((2 + chosen.rounds) * self.rows)
         Path(folder, "rows.json").write_text(json.dumps(text))
+        self.model = f"{folder}/model"
+        write_model(ModelConfig(**SHAPE), self.model)
 
     def child(self, side: str, model: str, dtype: str) -> Child:
         """A process of a side."""
@@ -97,15 +100,11 @@ class Benchmark:
 
     def speed(self) -> dict[str, Any]:
         """Steps of all sides in turn, after two to warm up."""
-        from qwen2.model.config import ModelConfig
-
         config = ModelConfig(**SHAPE)
-        model = f"{self.folder}/model"
-        write_model(config, model)
         children: dict[str, Child] = {}
         for side in self.chosen.sides.split(","):
             try:
-                children[side] = self.child(side, model, self.chosen.dtype)
+                children[side] = self.child(side, self.model, self.chosen.dtype)
                 for _ in range(2):
                     children[side].call("step")
             except Absent as error:
@@ -145,8 +144,6 @@ class Benchmark:
 
     def memory(self) -> dict[str, Any]:
         """Peak bytes of ours and of the Trainer at a large vocabulary."""
-        from qwen2.model.config import ModelConfig
-
         model = f"{self.folder}/large"
         write_model(ModelConfig(**{**SHAPE, "vocab_size": LARGE_VOCABULARY}), model)
         peaks = {}
@@ -160,8 +157,7 @@ class Benchmark:
 
     def rounding(self) -> dict[str, Any]:
         """`matmul: rounded` beside exact products: seconds, and losses of the same batches."""
-        model = f"{self.folder}/model"
-        children = {name: self.child("ours", model, name) for name in ("fp32", "fp32-rounded")}
+        children = {name: self.child("ours", self.model, name) for name in ("fp32", "fp32-rounded")}
         steps: dict[str, list[list[float]]] = {name: [] for name in children}
         for _ in range(1 + self.chosen.rounds):
             for name, child in children.items():
